@@ -1,0 +1,168 @@
+"""The two settings objects that everything shares: `ModelConfig` (what a GPT is) and `SamplingParams` (how to sample).
+
+Both are flat, frozen and checked where they are made. Reading other projects' configuration files is `families`' job.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from gptedge.errors import UsageError
+
+Norm = Literal["rms", "layer"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu2"]
+Position = Literal["rope", "learned"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """Frequency scaling of rotary embeddings. `linear` and `llama3` are the kinds that do not depend on the input's length."""
+
+    kind: Literal["linear", "llama3"]
+    factor: float
+    low_freq_factor: float = 1.0
+    """llama3 only: wavelengths above `original_context_length / low_freq_factor` are divided by `factor`."""
+    high_freq_factor: float = 4.0
+    """llama3 only: wavelengths below `original_context_length / high_freq_factor` are left alone."""
+    original_context_length: int = 8192
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A decoder-only transformer. Defaults are Llama's shape; the switches below them are what other families change."""
+
+    n_layer: int
+    n_head: int
+    n_kv_head: int
+    """Heads of keys and values; each serves `n_head / n_kv_head` query heads (grouped-query attention, arXiv:2305.13245)."""
+    n_embd: int
+    head_dim: int
+    n_ff: int
+    """Width of the feed-forward layer."""
+    vocab_size: int
+    context_length: int
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    rotary_dim: int | None = None
+    """Leading dimensions of each head that rotate; None is all of them."""
+    tie_embeddings: bool = True
+    """The output projection is the embedding table."""
+    norm: Norm = "rms"
+    activation: Activation = "silu"
+    gated: bool = True
+    """Feed-forward is down(act(gate(x)) * up(x)) rather than down(act(up(x)))."""
+    position: Position = "rope"
+    qkv_bias: bool = False
+    out_bias: bool = False
+    """Bias on the attention's output projection."""
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    """RMSNorm over each head of q and k, before rotation (Qwen3)."""
+
+    def __post_init__(self) -> None:
+        for name in ("n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "n_ff", "vocab_size", "context_length"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise UsageError(f"model config: {name} is {value!r}; it must be a positive integer")
+        if self.n_head % self.n_kv_head:
+            raise UsageError(f"model config: n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
+        if self.head_dim % 2 and self.position == "rope":
+            raise UsageError(f"model config: head_dim {self.head_dim} is odd; rotary embeddings need an even number")
+
+    @property
+    def q_size(self) -> int:
+        return self.n_head * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        return self.n_kv_head * self.head_dim
+
+    @property
+    def rope_dim(self) -> int:
+        return self.rotary_dim or self.head_dim
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of a float32 KV cache for one token of one sequence."""
+        return 2 * self.n_layer * self.kv_size * 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How the next token is chosen, and when to stop. The only place where these defaults stand."""
+
+    max_tokens: int = 256
+    """Most tokens to generate; generation also ends where the context does."""
+    temperature: float = 0.0
+    """0 is greedy decoding; 1 samples from the model's own distribution."""
+    top_k: int = 0
+    """Keep the k likeliest tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the fewest likeliest tokens whose probabilities reach p (nucleus sampling, arXiv:1904.09751)."""
+    min_p: float = 0.0
+    """Keep tokens at least this fraction as likely as the likeliest (arXiv:2407.01082)."""
+    repetition_penalty: float = 1.0
+    """Above 1, logits of tokens already seen are divided (when positive) or multiplied by it (arXiv:1909.05858)."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logits of tokens already generated."""
+    frequency_penalty: float = 0.0
+    """Subtracted from a token's logit once for each time it was generated."""
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    """Token id -> amount added to its logit."""
+    seed: int | None = None
+    """Same seed, same text; None draws a fresh one."""
+    stop: tuple[str, ...] = ()
+    """Generation ends before any of these strings appears; it is not part of the text."""
+    logprobs: int | None = None
+    """None: no log-probabilities. N: those of each chosen token and of the N likeliest alternatives."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        else:
+            object.__setattr__(self, "stop", tuple(self.stop))
+        for name, low, high in _SAMPLING_BOUNDS:
+            value = getattr(self, name)
+            if value is None and name in ("seed", "logprobs"):
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+                raise UsageError(f"{name} is {value!r}; it must be a number from {low:g} to {high:g}")
+        if any(not isinstance(s, str) or not s for s in self.stop):
+            raise UsageError("stop has an empty string or something that is not a string; leave it out")
+
+
+_SAMPLING_BOUNDS: tuple[tuple[str, float, float], ...] = (
+    ("max_tokens", 0, 2**31 - 1),
+    ("temperature", 0.0, 100.0),
+    ("top_k", 0, 2**31 - 1),
+    ("top_p", 0.0, 1.0),
+    ("min_p", 0.0, 1.0),
+    ("repetition_penalty", 0.01, 100.0),
+    ("presence_penalty", -100.0, 100.0),
+    ("frequency_penalty", -100.0, 100.0),
+    ("seed", 0, 2**63 - 1),
+    ("logprobs", 0, 1000),
+)
+
+
+def rope_frequencies(config: ModelConfig) -> list[float]:
+    """Angular frequencies (radians per position) of rotary embeddings (arXiv:2104.09864), `rope_dim / 2` of them."""
+    dim = config.rope_dim
+    plain = [config.rope_theta ** (-2 * i / dim) for i in range(dim // 2)]
+    scaling = config.rope_scaling
+    if scaling is None:
+        return plain
+    if scaling.kind == "linear":
+        return [f / scaling.factor for f in plain]
+    return [_llama3_frequency(f, scaling) for f in plain]
+
+
+def _llama3_frequency(frequency: float, s: RopeScaling) -> float:
+    """Long wavelengths are slowed by `factor`, short ones are kept, those between are blended."""
+    turns = s.original_context_length * frequency / (2 * math.pi)  # full turns within the original context
+    blend = (turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
+    keep = min(1.0, max(0.0, blend))
+    return keep * frequency + (1 - keep) * frequency / s.factor

@@ -1,0 +1,373 @@
+"""Model families as rows of one table: how each writes its configuration and what it calls its tensors.
+
+Everything after this module uses gptedge's own names, whose shapes are those of torch.nn.Linear, [out, in]:
+
+    embed.weight [vocab, n_embd]     position.weight [context, n_embd]   (learned positions only)
+    blocks.{i}.attn_norm.weight      blocks.{i}.attn.{q,k,v,o}.weight    blocks.{i}.attn.{q,k}_norm.weight
+    blocks.{i}.mlp_norm.weight       blocks.{i}.mlp.{gate,up,down}.weight
+    norm.weight                      head.weight [vocab, n_embd]         (absent when tied)
+
+and .bias beside a .weight where the family has one. A new family is a new row, not a new branch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from gptedge.config import Activation, ModelConfig, RopeScaling
+from gptedge.errors import CheckpointError, UnsupportedModelError
+from gptedge.safetensors import FloatArray, Tensor
+
+HfConfig = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where a tensor lies in the publisher's files."""
+
+    name: str
+    rows: str = ""
+    """The part of a fused matrix's output rows: q, k or v of one qkv matrix; empty is all of them."""
+    transpose: bool = False
+    """Stored as [in, out] (GPT-2's Conv1D)."""
+
+
+@dataclass(frozen=True)
+class Family:
+    name: str
+    architectures: tuple[str, ...]
+    """Values of `architectures` in config.json."""
+    config: Callable[[HfConfig], ModelConfig]
+    parts: Mapping[str, Part]
+    """gptedge's name, with {i} for the layer -> where it is stored."""
+    prefixes: tuple[str, ...] = ("",)
+    """Prefixes some publishers put before, or leave out of, every name."""
+    ignored: tuple[str, ...] = ()
+    """Endings of stored tensors that are not weights (buffers)."""
+
+
+# ---- configurations ------------------------------------------------------------------------------------------------
+
+_ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+}
+
+
+def _need(c: HfConfig, key: str) -> Any:
+    if c.get(key) is None:
+        raise CheckpointError(f"config.json has no {key}, which {c.get('model_type', 'this family')} needs")
+    return c[key]
+
+
+def _activation(c: HfConfig, key: str) -> Activation:
+    name = c.get(key, "silu")
+    if name not in _ACTIVATIONS:
+        raise UnsupportedModelError(f"activation {name!r} is not supported; known are {', '.join(_ACTIVATIONS)}")
+    return _ACTIVATIONS[name]
+
+
+def _rope(c: HfConfig) -> tuple[float, RopeScaling | None]:
+    """Base and scaling, from `rope_theta` + `rope_scaling` or the newer `rope_parameters` that holds both."""
+    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
+    theta = float(rope.get("rope_theta") or c.get("rope_theta") or 10000.0)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return theta, None
+    if kind == "linear":
+        return theta, RopeScaling(kind="linear", factor=float(rope["factor"]))
+    if kind == "llama3":
+        return theta, RopeScaling(
+            kind="llama3",
+            factor=float(rope["factor"]),
+            low_freq_factor=float(rope["low_freq_factor"]),
+            high_freq_factor=float(rope["high_freq_factor"]),
+            original_context_length=int(rope["original_max_position_embeddings"]),
+        )
+    raise UnsupportedModelError(f"rope scaling {kind!r} is not supported; known are default, linear and llama3")
+
+
+def _llama_config(c: HfConfig) -> ModelConfig:
+    if c.get("sliding_window") is not None and c.get("use_sliding_window", True):
+        window, context = int(c["sliding_window"]), int(_need(c, "max_position_embeddings"))
+        if window < context:
+            raise UnsupportedModelError(f"sliding-window attention ({window} of {context} tokens) is not supported yet")
+    theta, scaling = _rope(c)
+    n_head, n_embd = int(_need(c, "num_attention_heads")), int(_need(c, "hidden_size"))
+    bias = bool(c.get("attention_bias", False))
+    return ModelConfig(
+        n_layer=int(_need(c, "num_hidden_layers")),
+        n_head=n_head,
+        n_kv_head=int(c.get("num_key_value_heads") or n_head),
+        n_embd=n_embd,
+        head_dim=int(c.get("head_dim") or n_embd // n_head),
+        n_ff=int(_need(c, "intermediate_size")),
+        vocab_size=int(_need(c, "vocab_size")),
+        context_length=int(_need(c, "max_position_embeddings")),
+        norm_eps=float(c.get("rms_norm_eps", 1e-6)),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        tie_embeddings=bool(c.get("tie_word_embeddings", False)),
+        activation=_activation(c, "hidden_act"),
+        qkv_bias=bias,
+        out_bias=bias,
+        mlp_bias=bool(c.get("mlp_bias", False)),
+    )
+
+
+def _qwen2_config(c: HfConfig) -> ModelConfig:
+    return replace(_llama_config({"use_sliding_window": False, **c}), qkv_bias=True, out_bias=False)
+
+
+def _qwen3_config(c: HfConfig) -> ModelConfig:
+    return replace(_llama_config({"use_sliding_window": False, **c}), qk_norm=True)
+
+
+def _gpt2_config(c: HfConfig) -> ModelConfig:
+    if c.get("scale_attn_by_inverse_layer_idx") or not c.get("scale_attn_weights", True):
+        raise UnsupportedModelError(
+            "GPT-2 with another scale of attention scores than 1/sqrt(head_dim) is not supported"
+        )
+    n_head, n_embd = int(_need(c, "n_head")), int(_need(c, "n_embd"))
+    bias = bool(c.get("bias", True))
+    return ModelConfig(
+        n_layer=int(_need(c, "n_layer")),
+        n_head=n_head,
+        n_kv_head=n_head,
+        n_embd=n_embd,
+        head_dim=n_embd // n_head,
+        n_ff=int(c.get("n_inner") or 4 * n_embd),
+        vocab_size=int(_need(c, "vocab_size")),
+        context_length=int(c.get("n_positions") or _need(c, "n_ctx")),
+        norm_eps=float(c.get("layer_norm_epsilon", 1e-5)),
+        tie_embeddings=bool(c.get("tie_word_embeddings", True)),
+        norm="layer",
+        activation=_activation({"activation_function": "gelu_new", **c}, "activation_function"),
+        gated=False,
+        position="learned",
+        qkv_bias=bias,
+        out_bias=bias,
+        mlp_bias=bias,
+    )
+
+
+# ---- names ---------------------------------------------------------------------------------------------------------
+
+
+def _both(table: Mapping[str, Part]) -> dict[str, Part]:
+    """Weights and biases of the same modules."""
+    return {
+        f"{ours}.{kind}": replace(part, name=f"{part.name}.{kind}")
+        for kind in ("weight", "bias")
+        for ours, part in table.items()
+    }
+
+
+_LLAMA_PARTS = _both(
+    {
+        "embed": Part("model.embed_tokens"),
+        "blocks.{i}.attn_norm": Part("model.layers.{i}.input_layernorm"),
+        "blocks.{i}.attn.q": Part("model.layers.{i}.self_attn.q_proj"),
+        "blocks.{i}.attn.k": Part("model.layers.{i}.self_attn.k_proj"),
+        "blocks.{i}.attn.v": Part("model.layers.{i}.self_attn.v_proj"),
+        "blocks.{i}.attn.q_norm": Part("model.layers.{i}.self_attn.q_norm"),
+        "blocks.{i}.attn.k_norm": Part("model.layers.{i}.self_attn.k_norm"),
+        "blocks.{i}.attn.o": Part("model.layers.{i}.self_attn.o_proj"),
+        "blocks.{i}.mlp_norm": Part("model.layers.{i}.post_attention_layernorm"),
+        "blocks.{i}.mlp.gate": Part("model.layers.{i}.mlp.gate_proj"),
+        "blocks.{i}.mlp.up": Part("model.layers.{i}.mlp.up_proj"),
+        "blocks.{i}.mlp.down": Part("model.layers.{i}.mlp.down_proj"),
+        "norm": Part("model.norm"),
+        "head": Part("lm_head"),
+    }
+)
+
+_GPT2_PARTS = _both(
+    {
+        "embed": Part("wte"),
+        "position": Part("wpe"),
+        "blocks.{i}.attn_norm": Part("h.{i}.ln_1"),
+        "blocks.{i}.attn.q": Part("h.{i}.attn.c_attn", rows="q", transpose=True),
+        "blocks.{i}.attn.k": Part("h.{i}.attn.c_attn", rows="k", transpose=True),
+        "blocks.{i}.attn.v": Part("h.{i}.attn.c_attn", rows="v", transpose=True),
+        "blocks.{i}.attn.o": Part("h.{i}.attn.c_proj", transpose=True),
+        "blocks.{i}.mlp_norm": Part("h.{i}.ln_2"),
+        "blocks.{i}.mlp.up": Part("h.{i}.mlp.c_fc", transpose=True),
+        "blocks.{i}.mlp.down": Part("h.{i}.mlp.c_proj", transpose=True),
+        "norm": Part("ln_f"),
+        "head": Part("lm_head"),
+    }
+)
+
+FAMILIES: tuple[Family, ...] = (
+    Family("llama", ("LlamaForCausalLM",), _llama_config, _LLAMA_PARTS, ignored=(".rotary_emb.inv_freq",)),
+    Family("mistral", ("MistralForCausalLM",), _llama_config, _LLAMA_PARTS),
+    Family("qwen2", ("Qwen2ForCausalLM",), _qwen2_config, _LLAMA_PARTS),
+    Family("qwen3", ("Qwen3ForCausalLM",), _qwen3_config, _LLAMA_PARTS),
+    Family(
+        "gpt2",
+        ("GPT2LMHeadModel", "GPT2Model"),
+        _gpt2_config,
+        _GPT2_PARTS,
+        prefixes=("transformer.", ""),
+        ignored=(".attn.bias", ".attn.masked_bias"),
+    ),
+)
+
+
+# ---- the engine ----------------------------------------------------------------------------------------------------
+
+
+def family_of(config: HfConfig) -> Family:
+    """The row for a config.json. Raises UnsupportedModelError naming the architecture."""
+    names = config.get("architectures") or []
+    for family in FAMILIES:
+        if set(names) & set(family.architectures):
+            return family
+    for family in FAMILIES if not names else ():
+        if config.get("model_type") == family.name:
+            return family
+    known = ", ".join(name for family in FAMILIES for name in family.architectures)
+    shown = ", ".join(map(str, names)) or config.get("model_type") or "none named"
+    raise UnsupportedModelError(f"architecture {shown} is not supported; supported are {known}")
+
+
+def tensor_shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor a model of this configuration has, by gptedge's names, in the order of the forward pass."""
+    shapes: dict[str, tuple[int, ...]] = {"embed.weight": (c.vocab_size, c.n_embd)}
+    if c.position == "learned":
+        shapes["position.weight"] = (c.context_length, c.n_embd)
+
+    def linear(name: str, n_out: int, n_in: int, bias: bool) -> None:
+        shapes[f"{name}.weight"] = (n_out, n_in)
+        if bias:
+            shapes[f"{name}.bias"] = (n_out,)
+
+    def norm(name: str, width: int = c.n_embd) -> None:
+        shapes[f"{name}.weight"] = (width,)
+        if c.norm == "layer":
+            # nanoGPT and GPT-2 alike: LayerNorm's bias comes and goes with the linear layers'.
+            if c.mlp_bias:
+                shapes[f"{name}.bias"] = (width,)
+
+    for i in range(c.n_layer):
+        b = f"blocks.{i}"
+        norm(f"{b}.attn_norm")
+        linear(f"{b}.attn.q", c.q_size, c.n_embd, c.qkv_bias)
+        linear(f"{b}.attn.k", c.kv_size, c.n_embd, c.qkv_bias)
+        linear(f"{b}.attn.v", c.kv_size, c.n_embd, c.qkv_bias)
+        if c.qk_norm:
+            norm(f"{b}.attn.q_norm", c.head_dim)
+            norm(f"{b}.attn.k_norm", c.head_dim)
+        linear(f"{b}.attn.o", c.n_embd, c.q_size, c.out_bias)
+        norm(f"{b}.mlp_norm")
+        if c.gated:
+            linear(f"{b}.mlp.gate", c.n_ff, c.n_embd, c.mlp_bias)
+        linear(f"{b}.mlp.up", c.n_ff, c.n_embd, c.mlp_bias)
+        linear(f"{b}.mlp.down", c.n_embd, c.n_ff, c.mlp_bias)
+    norm("norm")
+    if not c.tie_embeddings:
+        linear("head", c.vocab_size, c.n_embd, False)
+    return shapes
+
+
+def source_tensors(family: Family, config: ModelConfig, stored: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """Map a publisher's tensors to gptedge's names. Raises CheckpointError naming any that is missing, misshapen or unused."""
+    used: set[str] = set()
+    found: dict[str, Tensor] = {}
+    for name, shape in tensor_shapes(config).items():
+        part, layer = _part_of(family, name)
+        stored_name = _find(family, part.name.format(i=layer), stored, name, where)
+        used.add(stored_name)
+        found[name] = _view(stored[stored_name], part, config, shape, f"{where}: {stored_name}")
+    spare = [
+        n
+        for n in stored
+        if n not in used and not n.endswith(family.ignored or ("\0",)) and not _is_tied_head(n, config)
+    ]
+    if spare:
+        raise CheckpointError(
+            f"{where} has {len(spare)} tensors that {family.name} does not use, the first of them {sorted(spare)[0]}"
+        )
+    return found
+
+
+def _part_of(family: Family, name: str) -> tuple[Part, str]:
+    pieces = name.split(".")
+    layer = pieces[1] if pieces[0] == "blocks" else ""
+    key = ".".join(["blocks", "{i}", *pieces[2:]]) if layer else name
+    return family.parts[key], layer
+
+
+def _find(family: Family, name: str, stored: Mapping[str, Tensor], ours: str, where: str) -> str:
+    for prefix in family.prefixes:
+        if prefix + name in stored:
+            return prefix + name
+    raise CheckpointError(f"{where} has no tensor {family.prefixes[0]}{name} ({ours})")
+
+
+def _view(tensor: Tensor, part: Part, c: ModelConfig, shape: tuple[int, ...], what: str) -> Tensor:
+    starts = {"q": (0, c.q_size), "k": (c.q_size, c.kv_size), "v": (c.q_size + c.kv_size, c.kv_size)}
+    full = shape if not part.rows else (c.q_size + 2 * c.kv_size, *shape[1:])
+    expected = full[::-1] if part.transpose else full
+    if tensor.shape != expected:
+        raise CheckpointError(f"{what} has the shape {list(tensor.shape)}; config.json implies {list(expected)}")
+    if not part.rows and not part.transpose:
+        return tensor
+
+    def read() -> FloatArray:
+        array = tensor.read()
+        array = array.T if part.transpose else array
+        if part.rows:
+            first, count = starts[part.rows]
+            array = array[first : first + count]
+        return np.ascontiguousarray(array)
+
+    return Tensor(shape, tensor.dtype, read)
+
+
+def _is_tied_head(name: str, config: ModelConfig) -> bool:
+    return config.tie_embeddings and name.endswith("lm_head.weight")
+
+
+# ---- writing: gptedge's own checkpoints are Llama's ----------------------------------------------------------------
+
+
+def checkpoint_name(name: str) -> str:
+    """The name Llama's checkpoints give to one of our tensors."""
+    part, layer = _part_of(FAMILIES[0], name)
+    return part.name.format(i=layer)
+
+
+def hf_config(c: ModelConfig) -> dict[str, Any]:
+    """config.json of a Llama-shaped model. Raises UnsupportedModelError when the configuration is not Llama's."""
+    if (c.norm, c.position, c.gated, c.qk_norm) != ("rms", "rope", True, False) or c.rope_scaling or c.rotary_dim:
+        raise UnsupportedModelError("only Llama-shaped models (RMSNorm, plain RoPE, gated feed-forward) can be written")
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.n_embd,
+        "intermediate_size": c.n_ff,
+        "num_hidden_layers": c.n_layer,
+        "num_attention_heads": c.n_head,
+        "num_key_value_heads": c.n_kv_head,
+        "head_dim": c.head_dim,
+        "hidden_act": c.activation,
+        "max_position_embeddings": c.context_length,
+        "rms_norm_eps": c.norm_eps,
+        "rope_theta": c.rope_theta,
+        "rope_scaling": None,
+        "tie_word_embeddings": c.tie_embeddings,
+        "attention_bias": c.qkv_bias,
+        "mlp_bias": c.mlp_bias,
+        "torch_dtype": "float32",
+    }

@@ -1,0 +1,124 @@
+"""Writing so that an interrupt, a crash or a full disk leaves either the old thing or the new thing, never half of one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from gptedge.errors import OutputExistsError, UsageError
+
+_HASH_CHUNK = 1 << 20
+
+
+@contextmanager
+def new_folder(destination: Path, *, force: bool = False) -> Iterator[Path]:
+    """Yield an empty folder beside `destination`; rename it into place on success, remove it on any exception.
+
+    Raises OutputExistsError when `destination` exists and `force` is false. With `force` the old folder stays until
+    the new one is complete.
+    """
+    destination = Path(destination)
+    check_destination(destination, force=force)
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    work = _work_path(destination)
+    work.mkdir()
+    try:
+        yield work
+        _sync_tree(work)
+        _replace(work, destination)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+@contextmanager
+def new_file(destination: Path) -> Iterator[Path]:
+    """Yield a path beside `destination` to write to; rename it over `destination` on success, remove it otherwise."""
+    destination = Path(destination)
+    work = _work_path(destination)
+    try:
+        yield work
+        _sync(work)
+        os.replace(work, destination)
+    finally:
+        work.unlink(missing_ok=True)
+
+
+def check_destination(destination: Path, *, force: bool) -> None:
+    """Refuse early what `new_folder` would refuse late."""
+    destination = Path(destination)
+    if destination.is_symlink() or destination.exists():
+        if not force:
+            raise OutputExistsError(f"{destination} exists already; choose another output or add --force")
+        if not destination.is_dir():
+            raise UsageError(f"{destination} is a file, and the output is a folder; choose another output")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Pretty JSON with a final newline, UTF-8, keys in the given order: the same value gives the same bytes."""
+    Path(path).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file, read in chunks."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as f:
+        while chunk := f.read(_HASH_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _replace(work: Path, destination: Path) -> None:
+    """Folders cannot be renamed over a full folder: move the old one aside first, and back if the second rename fails."""
+    if not destination.exists():
+        os.rename(work, destination)
+        return
+    old = work.with_suffix(".old")
+    os.rename(destination, old)
+    try:
+        os.rename(work, destination)
+    except OSError:
+        os.rename(old, destination)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _work_path(destination: Path) -> Path:
+    """A fresh hidden name beside `destination`, after removing what killed processes left under such names."""
+    for stale in destination.parent.glob(f".{destination.name}.*.partial"):
+        pid = stale.name.split(".")[-2].partition("-")[0]
+        if pid.isdigit() and not _is_running(int(pid)):
+            shutil.rmtree(stale, ignore_errors=True) if stale.is_dir() else stale.unlink(missing_ok=True)
+    return destination.parent / f".{destination.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.partial"
+
+
+def _is_running(pid: int) -> bool:
+    if os.name == "nt":  # signal 0 would end the process there
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            _sync(path)
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDWR)  # Windows syncs only what is open for writing
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,50 @@
+"""Names of the decoder graph's inputs and outputs, as onnxruntime-genai and optimum both spell them.
+
+B = batch, T = new tokens, P = past tokens, S = P + T, K = n_kv_head, H = head_dim, V = vocab_size:
+
+    input_ids               int64 [B, T]            logits             float [B, T, V]
+    attention_mask          int64 [B, S]            present.{i}.key    float [B, K, S, H]
+    position_ids            int64 [B, T]            present.{i}.value  float [B, K, S, H]
+    past_key_values.{i}.key|value  float [B, K, P, H]
+    first_logit             int64 [1]   optional: logits are computed from this row on (negative counts from the end)
+
+`position_ids` is there only when positions are learned. `first_logit` has an initializer (0), which makes it
+optional, and hides it from `InferenceSession.get_inputs()`: programs that do not know it get every row.
+"""
+
+from __future__ import annotations
+
+INPUT_IDS = "input_ids"
+ATTENTION_MASK = "attention_mask"
+POSITION_IDS = "position_ids"
+FIRST_LOGIT = "first_logit"
+LOGITS = "logits"
+
+PAST_PREFIX = "past_key_values."
+PRESENT_PREFIX = "present."
+
+
+def past_key(layer: int | str) -> str:
+    return f"{PAST_PREFIX}{layer}.key"
+
+
+def past_value(layer: int | str) -> str:
+    return f"{PAST_PREFIX}{layer}.value"
+
+
+def present_key(layer: int | str) -> str:
+    return f"{PRESENT_PREFIX}{layer}.key"
+
+
+def present_value(layer: int | str) -> str:
+    return f"{PRESENT_PREFIX}{layer}.value"
+
+
+def past_names(n_layer: int) -> list[str]:
+    """Inputs of the KV cache in the order key, value, layer by layer."""
+    return [name(i) for i in range(n_layer) for name in (past_key, past_value)]
+
+
+def present_names(n_layer: int) -> list[str]:
+    """Outputs of the KV cache, in the order of `past_names`."""
+    return [name(i) for i in range(n_layer) for name in (present_key, present_value)]

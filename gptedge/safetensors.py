@@ -1,0 +1,122 @@
+"""The safetensors file format, read through a memory map and written as a stream, in numpy alone.
+
+Format (huggingface/safetensors, README): 8 bytes little-endian N, N bytes of JSON that map each name to `dtype`, `shape`
+and `data_offsets`, then the tensors' bytes. The reference implementation is Rust; this one is not. Floating kinds are
+read as float32; the file stays mapped, so a tensor that is float32 already costs no copy.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gptedge.errors import CheckpointError
+
+FloatArray = npt.NDArray[np.float32]
+
+_MAX_HEADER = 100_000_000  # bytes; the bound of the format's reference reader
+
+
+def widen_bfloat16(bits: npt.NDArray[np.uint16]) -> FloatArray:
+    """bfloat16 bit patterns as float32: the upper half of the same number."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+# dtype in the file -> (numpy dtype of the stored bytes, how to make float32 of it; None: not a floating kind)
+_KINDS: dict[str, tuple[str, Callable[[npt.NDArray[Any]], FloatArray] | None]] = {
+    "F32": ("<f4", lambda a: np.asarray(a, np.float32)),
+    "F64": ("<f8", lambda a: a.astype(np.float32)),
+    "F16": ("<f2", lambda a: a.astype(np.float32)),
+    "BF16": ("<u2", widen_bfloat16),
+    "I64": ("<i8", None),
+    "I32": ("<i4", None),
+    "I16": ("<i2", None),
+    "I8": ("i1", None),
+    "U8": ("u1", None),
+    "BOOL": ("?", None),
+}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor that is read when asked for: `read()` gives float32 of `shape`, and holds no copy afterwards."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    """The format's own name of the stored kind: F32, F16, BF16, Q4_1, …"""
+    read: Callable[[], FloatArray]
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """Tensors of one file by name. Raises CheckpointError when the file is not whole and well-formed."""
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing")
+    size = path.stat().st_size
+    header, start = _header(path, size)
+    data = np.memmap(path, np.uint8, mode="r", offset=start) if size > start else np.empty(0, np.uint8)
+    tensors = {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            tensors[name] = _tensor(path, name, entry, data)
+    return tensors
+
+
+def _header(path: Path, size: int) -> tuple[dict[str, Any], int]:
+    with path.open("rb") as f:
+        length = int.from_bytes(f.read(8), "little")
+        if size < 8 or length > min(_MAX_HEADER, size - 8):
+            raise CheckpointError(f"{path} is not a safetensors file, or is cut short ({size} bytes)")
+        try:
+            header = json.loads(f.read(length))
+        except ValueError as e:
+            raise CheckpointError(f"{path}: the header is not JSON ({e})") from None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: the header is not a JSON object")
+    return header, 8 + length
+
+
+def _tensor(path: Path, name: str, entry: Any, data: npt.NDArray[np.uint8]) -> Tensor:
+    try:
+        kind, shape = str(entry["dtype"]), tuple(int(n) for n in entry["shape"])
+        begin, end = (int(n) for n in entry["data_offsets"])
+    except (KeyError, TypeError, ValueError):
+        raise CheckpointError(f"{path}: the header's entry for {name} is malformed") from None
+    if kind not in _KINDS:
+        raise CheckpointError(f"{path}: {name} has dtype {kind}; known are {', '.join(_KINDS)}")
+    stored, to_float = _KINDS[kind]
+    if not 0 <= begin <= end or end - begin != math.prod(shape) * np.dtype(stored).itemsize:
+        raise CheckpointError(f"{path}: {name} has {end - begin} bytes, which is not what {kind} {list(shape)} takes")
+    if end > len(data):
+        raise CheckpointError(f"{path} is cut short: {name} ends at byte {end} of the data, and {len(data)} are there")
+
+    def load() -> FloatArray:
+        if to_float is None:
+            raise CheckpointError(f"{path}: {name} has dtype {kind}; a floating kind is needed")
+        return to_float(data[begin:end].view(stored).reshape(shape))
+
+    return Tensor(shape, kind, load)
+
+
+def write(path: Path, tensors: Mapping[str, npt.NDArray[Any]] | Iterable[tuple[str, npt.NDArray[Any]]]) -> None:
+    """Write float32 tensors in the order of their names; the same tensors give the same bytes."""
+    named = dict(tensors)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name in sorted(named):
+        size = 4 * named[name].size
+        header[name] = {"dtype": "F32", "shape": list(named[name].shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    head = json.dumps(header, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    with Path(path).open("wb") as f:
+        f.write(len(head).to_bytes(8, "little") + head)
+        for name in sorted(named):
+            f.write(np.ascontiguousarray(named[name], "<f4").data)
