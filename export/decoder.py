@@ -1,0 +1,194 @@
+"""The decoder as an ONNX graph, written straight from a checkpoint's tensors.
+
+It reads like the PyTorch `GPT` in gptedge/train/model.py, function by function; that model is its oracle in the tests.
+Attention is onnxruntime's GroupQueryAttention, which rotates q and k itself and, when past and present are one buffer,
+appends to the KV cache in place. Linear weights keep the checkpoint's [out, in] layout, so exporting copies bytes.
+
+Shapes: B batch, T new tokens, S past + new tokens, D n_embd, F n_ff, V vocab_size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import onnx
+
+from gptedge.config import ModelConfig, rope_frequencies
+from gptedge.export.graph import Graph
+from gptedge.graph_io import (
+    ATTENTION_MASK,
+    FIRST_LOGIT,
+    INPUT_IDS,
+    LOGITS,
+    POSITION_IDS,
+    past_key,
+    past_value,
+    present_key,
+    present_value,
+)
+from gptedge.onnx_file import WeightFile
+from gptedge.safetensors import Tensor
+
+Weights = Mapping[str, Tensor]
+_ACTIVATIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "silu": ("QuickGelu", {"alpha": 1.0}),  # x * sigmoid(alpha * x)
+    "gelu": ("Gelu", {"approximate": "none"}),
+    "gelu_tanh": ("Gelu", {"approximate": "tanh"}),
+}
+_END = np.iinfo(np.int64).max
+
+
+def build(config: ModelConfig, weights: Weights, file: WeightFile) -> onnx.ModelProto:
+    """The whole graph; weights are streamed to `file`."""
+    return _Decoder(config, weights, Graph(file)).forward()
+
+
+class _Decoder:
+    def __init__(self, config: ModelConfig, weights: Weights, graph: Graph) -> None:
+        self.c = config
+        self.w = weights
+        self.g = graph
+
+    def embed(self, ids: str) -> str:
+        """[B, T] -> [B, T, D]"""
+        x = self.g.op("Gather", self.weight("embed.weight"), ids, name="embed")
+        if self.c.position == "learned":
+            positions = self.g.input(POSITION_IDS, np.int64, ["batch_size", "sequence_length"])
+            x = self.g.op("Add", x, self.g.op("Gather", self.weight("position.weight"), positions, name="position"), name="embed.sum")
+        return x
+
+    def norm(self, x: str, name: str) -> str:
+        """RMSNorm or LayerNorm over the last axis."""
+        kind = "SimplifiedLayerNormalization" if self.c.norm == "rms" else "LayerNormalization"
+        return self.g.op(kind, x, *self.norm_weights(name), name=name, axis=-1, epsilon=self.c.norm_eps)
+
+    def add_norm(self, x: str, update: str, name: str) -> tuple[str, str]:
+        """The residual sum x + update, and its norm, in one node: (sum, norm)."""
+        kind = "SkipSimplifiedLayerNormalization" if self.c.norm == "rms" else "SkipLayerNormalization"
+        total = f"{name}.sum"
+        normed = self.g.op(
+            kind, x, update, *self.norm_weights(name), name=name, out=[name, "", "", total], epsilon=self.c.norm_eps
+        )
+        return total, normed
+
+    def attention(self, x: str, i: int) -> str:
+        """[B, T, D] -> [B, T, D]; reads and extends layer i's KV cache."""
+        block = f"blocks.{i}.attn"
+        q, k, v = self.query_key_value(x, block)
+        rotary = self.rotary_tables if self.c.position == "rope" else ()
+        y = self.g.op(
+            "GroupQueryAttention",
+            *(q, k, v, past_key(i), past_value(i), *self.lengths, *rotary),
+            name=block,
+            out=["", present_key(i), present_value(i)],
+            num_heads=self.c.n_head,
+            kv_num_heads=self.c.n_kv_head,
+            do_rotary=int(self.c.position == "rope"),
+            rotary_interleaved=0,
+        )
+        return self.linear(y, f"{block}.o")
+
+    def mlp(self, x: str, i: int) -> str:
+        """[B, T, D] -> [B, T, D]"""
+        block = f"blocks.{i}.mlp"
+        if not self.c.gated:
+            return self.linear(self.activation(self.linear(x, f"{block}.up"), block), f"{block}.down")
+        both = self.linear(x, f"{block}.gate_up", f"{block}.gate", f"{block}.up")  # [B, T, 2F]
+        gate, up = f"{block}.gate", f"{block}.up"
+        self.g.op("Split", both, name=f"{block}.split", out=[gate, up], axis=-1, num_outputs=2)
+        return self.linear(self.g.op("Mul", self.activation(gate, block), up, name=f"{block}.gated"), f"{block}.down")
+
+    def block(self, x: str, normed: str, i: int) -> tuple[str, str]:
+        """One layer; the norm after it is the next layer's first, or the last of all. Returns (residual stream, its norm)."""
+        x, normed = self.add_norm(x, self.attention(normed, i), f"blocks.{i}.mlp_norm")
+        last = i + 1 == self.c.n_layer
+        return self.add_norm(x, self.mlp(normed, i), "norm" if last else f"blocks.{i + 1}.attn_norm")
+
+    def forward(self) -> onnx.ModelProto:
+        """input_ids [B, T] -> logits [B, T, V] and the extended KV cache."""
+        g, c = self.g, self.c
+        ids = g.input(INPUT_IDS, np.int64, ["batch_size", "sequence_length"])
+        g.input(ATTENTION_MASK, np.int64, ["batch_size", "total_sequence_length"])
+        x = self.embed(ids)
+        for i in range(c.n_layer):
+            for name in (past_key(i), past_value(i)):
+                g.input(name, np.float32, ["batch_size", c.n_kv_head, "past_sequence_length", c.head_dim])
+        normed = self.norm(x, "blocks.0.attn_norm")
+        for i in range(c.n_layer):
+            x, normed = self.block(x, normed, i)
+        self.head(normed)
+        g.output(LOGITS, np.float32, ["batch_size", "sequence_length", c.vocab_size])
+        for i in range(c.n_layer):
+            for name in (present_key(i), present_value(i)):
+                g.output(name, np.float32, ["batch_size", c.n_kv_head, "total_sequence_length", c.head_dim])
+        return g.model("decoder")
+
+    def head(self, normed: str) -> str:
+        """[B, T, D] -> logits [B, T - first_logit, V]"""
+        g = self.g
+        first = g.optional_input(FIRST_LOGIT, np.zeros(1, np.int64))
+        rows = g.op("Slice", normed, first, g.constant("end", [_END]), g.constant("time_axis", [1]), name="head.rows")
+        table = "embed.weight" if self.c.tie_embeddings else "head.weight"
+        return g.op("FusedMatMul", rows, self.weight(table), name="head", out=LOGITS, transB=1)
+
+    # ---- pieces ----------------------------------------------------------------------------------------------------
+
+    def linear(self, x: str, name: str, *parts: str) -> str:
+        """x @ W.T (+ bias); with `parts`, their rows stacked into one matrix."""
+        parts = parts or (name,)
+        y = self.g.op("FusedMatMul", x, self.weight(f"{name}.weight", *(f"{p}.weight" for p in parts)), name=name, transB=1)
+        if f"{parts[0]}.bias" not in self.w:
+            return y
+        bias = self.weight(f"{name}.bias", *(f"{p}.bias" for p in parts))
+        return self.g.op("Add", y, bias, name=f"{name}.biased")
+
+    def weight(self, name: str, *parts: str) -> str:
+        return self.g.weight(name, (self.w[part].read() for part in parts or (name,)))
+
+    def norm_weights(self, name: str) -> list[str]:
+        return [self.weight(f"{name}.{kind}") for kind in ("weight", "bias") if f"{name}.{kind}" in self.w]
+
+    def activation(self, x: str, block: str) -> str:
+        name = f"{block}.act"
+        if self.c.activation == "relu2":
+            x = self.g.op("Relu", x, name=f"{name}.relu")
+            return self.g.op("Mul", x, x, name=name)
+        kind, attributes = _ACTIVATIONS[self.c.activation]
+        return self.g.op(kind, x, name=name, **attributes)
+
+    def query_key_value(self, x: str, block: str) -> tuple[str, str, str]:
+        """One product for all three; GroupQueryAttention takes them packed in q, unless the heads are normalised first."""
+        qkv = self.linear(x, f"{block}.qkv", f"{block}.q", f"{block}.k", f"{block}.v")
+        if not self.c.qk_norm:
+            return qkv, "", ""
+        q, k, v = f"{block}.q", f"{block}.k", f"{block}.v"
+        sizes = self.g.constant("qkv_sizes", [self.c.q_size, self.c.kv_size, self.c.kv_size])
+        self.g.op("Split", qkv, sizes, name=f"{block}.split", out=[q, k, v], axis=-1)
+        return self.head_norm(q, self.c.n_head), self.head_norm(k, self.c.n_kv_head), v
+
+    def head_norm(self, x: str, n_head: int) -> str:
+        """[B, T, n_head * head_dim], each head normalised."""
+        g = self.g
+        heads = g.op("Reshape", x, g.constant(f"heads_{n_head}", [0, 0, n_head, self.c.head_dim]), name=f"{x}.heads")
+        normed = self.norm(heads, f"{x}_norm")
+        return g.op("Reshape", normed, g.constant("flat_heads", [0, 0, -1]), name=f"{x}.flat")
+
+    @cached_property
+    def lengths(self) -> tuple[str, str]:
+        """Per sequence, its tokens less one, int32 [B]; and the longest of them, an int32 scalar."""
+        g = self.g
+        count = g.op("ReduceSum", ATTENTION_MASK, g.constant("time_axis", [1]), name="lengths.sum", keepdims=0)
+        less = g.op("Sub", count, g.constant("one", [1]), name="lengths.less_one")
+        total = g.op("Gather", g.op("Shape", ATTENTION_MASK, name="longest.shape"), g.constant("index_1", 1), name="longest.total")
+        to_int32 = {"to": onnx.TensorProto.INT32}
+        return g.op("Cast", less, name="lengths", **to_int32), g.op("Cast", total, name="longest", **to_int32)
+
+    @cached_property
+    def rotary_tables(self) -> tuple[str, str]:
+        """cos and sin of position x frequency, float32 as the reference implementations have them, [context, rope_dim / 2]."""
+        positions = np.arange(self.c.context_length, dtype=np.float32)
+        angles = np.outer(positions, np.array(rope_frequencies(self.c), np.float32))
+        return self.g.weight("rope.cos", [np.cos(angles)]), self.g.weight("rope.sin", [np.sin(angles)])

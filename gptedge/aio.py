@@ -1,0 +1,98 @@
+"""`gptedge.AsyncModel`: the API of `gptedge.Model` for programs that run an asyncio event loop.
+
+Computing happens in worker threads, where it releases the interpreter's lock; the loop is never blocked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from gptedge.conversation import Chat
+from gptedge.model import Model, load
+from gptedge.runtime.generate import Chunk, Result, Stream
+
+
+class AsyncStream:
+    """A `Stream` whose chunks are awaited. Leaving the `async with` block, or cancelling the task, cancels the reply."""
+
+    def __init__(self, make: Callable[[], Stream]) -> None:
+        self._make = make
+        self._stream: Stream | None = None
+
+    async def __aenter__(self) -> AsyncStream:
+        self._stream = await asyncio.to_thread(self._make)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._stream is not None:
+            self._stream.cancel()
+            await asyncio.shield(asyncio.to_thread(self._stream.close))
+
+    async def __aiter__(self) -> AsyncIterator[Chunk]:
+        async with self:
+            while (chunk := await asyncio.to_thread(next, self._open, None)) is not None:
+                yield chunk
+
+    def cancel(self) -> None:
+        """Stop after the token that is being computed."""
+        self._open.cancel()
+
+    @property
+    def result(self) -> Result:
+        return self._open.result
+
+    @property
+    def _open(self) -> Stream:
+        if self._stream is None:
+            raise RuntimeError("iterate over this stream, or enter it with `async with`, first")
+        return self._stream
+
+
+class AsyncChat:
+    """`Chat`, awaited."""
+
+    def __init__(self, chat: Chat) -> None:
+        self.chat = chat
+
+    async def send(self, text: str, **changes: Any) -> Result:
+        return await asyncio.to_thread(self.chat.send, text, **changes)
+
+    def stream(self, text: str, **changes: Any) -> AsyncStream:
+        return AsyncStream(lambda: self.chat.stream(text, **changes))
+
+
+class AsyncModel:
+    """`Model`, awaited: `async with await AsyncModel.load(path) as model: await model.generate("…")`."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+
+    @classmethod
+    async def load(cls, bundle: str | Path, **options: Any) -> AsyncModel:
+        return cls(await asyncio.to_thread(load, bundle, **options))
+
+    async def generate(self, prompt: str, **changes: Any) -> str:
+        return (await self.run(prompt, **changes)).text
+
+    async def run(self, prompt: str, **changes: Any) -> Result:
+        return await asyncio.to_thread(self.model.run, prompt, **changes)
+
+    def stream(self, prompt: str, **changes: Any) -> AsyncStream:
+        return AsyncStream(lambda: self.model.stream(prompt, **changes))
+
+    def chat(self, *, system: str | None = None, **changes: Any) -> AsyncChat:
+        return AsyncChat(self.model.chat(system=system, **changes))
+
+    async def __aenter__(self) -> AsyncModel:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await asyncio.to_thread(self.model.close)

@@ -1,0 +1,124 @@
+"""Bundles: folders that hold everything needed to run a model, each file pinned by its sha256 in manifest.json.
+
+    model.onnx  model.onnx.data  tokenizer.json  tokenizer_config.json  config.json  generation_config.json
+    chat_template.jinja (where there is one)  genai_config.json (for onnxruntime-genai)  manifest.json
+
+Reading needs only the standard library. Folders without a manifest (made by other programs) open too; they cannot be verified.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from gptedge.errors import BundleError
+from gptedge.files import sha256, write_json
+
+FORMAT_VERSION = 1
+GRAPH, GRAPH_DATA = "model.onnx", "model.onnx.data"
+CONFIG, GENERATION_CONFIG, GENAI_CONFIG = "config.json", "generation_config.json", "genai_config.json"
+TOKENIZER, TOKENIZER_CONFIG, CHAT_TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Bundle:
+    path: Path
+    manifest: Mapping[str, Any] | None
+    """manifest.json, or None where there is none."""
+    config: Mapping[str, Any]
+    """config.json (Hugging Face's format); empty where there is none."""
+    generation_config: Mapping[str, Any]
+    genai_config: Mapping[str, Any]
+
+    @property
+    def recipe(self) -> str:
+        """What the weights are: fp32, int8, …; "unknown" without a manifest."""
+        return str(self.manifest["recipe"]) if self.manifest else "unknown"
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the graphs and their weights."""
+        return sum(f.stat().st_size for f in self.path.iterdir() if ".onnx" in f.name)
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Tokens that end a text, from generation_config.json or else config.json."""
+        for source in (self.generation_config, self.config):
+            value = source.get("eos_token_id")
+            if value is not None:
+                return frozenset(value if isinstance(value, list) else [value])
+        return frozenset()
+
+
+def open_bundle(folder: Path) -> Bundle:
+    """Open a bundle and check that its manifest's files are there with the sizes it gives (`verify` checks their bytes)."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise BundleError(f"bundle {folder} does not exist" if not folder.exists() else f"{folder} is not a folder")
+    for name in (GRAPH, TOKENIZER):
+        if not (folder / name).is_file():
+            hint = "; this is a checkpoint, run gptedge export first" if (folder / "model.safetensors").exists() else ""
+            raise BundleError(f"{folder} is not a bundle: {name} is missing{hint}")
+    manifest = _read(folder / MANIFEST)
+    if manifest is not None:
+        _check_manifest(folder, manifest)
+    parts = [_read(folder / name) or {} for name in (CONFIG, GENERATION_CONFIG, GENAI_CONFIG)]
+    return Bundle(folder, manifest, *parts)
+
+
+def verify(bundle: Bundle, *, names: Iterable[str] | None = None) -> None:
+    """Compare files' sha256 with the manifest. Raises BundleError naming the first that differs."""
+    if bundle.manifest is None:
+        raise BundleError(f"{bundle.path} has no {MANIFEST}, so nothing says what its files should be")
+    files = bundle.manifest["files"]
+    for name in files if names is None else names:
+        if sha256(bundle.path / name) != files[name]["sha256"]:
+            raise BundleError(f"{bundle.path / name} is not the file that {MANIFEST} describes (sha256 differs); make the bundle again")
+
+
+def write_manifest(folder: Path, *, family: str, recipe: str, packages: Iterable[str], **facts: Any) -> dict[str, Any]:
+    """Describe every file in `folder`. `facts` are further JSON entries, such as measured parity. No timestamps."""
+    files = sorted(f for f in folder.iterdir() if f.is_file() and f.name != MANIFEST)
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "family": family,
+        "recipe": recipe,
+        **facts,
+        "made_with": {name: metadata.version(name) for name in ("gptedge", *packages)},
+        "files": {f.name: {"size": f.stat().st_size, "sha256": sha256(f)} for f in files},
+    }
+    write_json(folder / MANIFEST, manifest)
+    return manifest
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise BundleError(f"{path} cannot be read as JSON: {e}") from None
+    if not isinstance(value, dict):
+        raise BundleError(f"{path} holds {type(value).__name__}, not a JSON object")
+    return value
+
+
+def _check_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    version, files = manifest.get("format_version"), manifest.get("files")
+    if version != FORMAT_VERSION:
+        raise BundleError(f"{folder} has bundle format {version!r}; this gptedge reads {FORMAT_VERSION}")
+    if not isinstance(files, dict) or "recipe" not in manifest:
+        raise BundleError(f"{folder / MANIFEST} lacks its files or its recipe")
+    for name, entry in files.items():
+        if Path(name).name != name:
+            raise BundleError(f"{folder / MANIFEST} names {name!r}, which lies outside the folder")
+        if not (folder / name).is_file():
+            raise BundleError(f"{folder / name} is missing; the manifest names it")
+        size = (folder / name).stat().st_size
+        if size != entry.get("size"):
+            raise BundleError(f"{folder / name} has {size} bytes; the manifest says {entry.get('size')}")

@@ -1,0 +1,142 @@
+"""The command `gptedge`: its verbs, where their defaults come from, and what becomes of errors.
+
+A setting comes from the flag, else from GPTEDGE_<VERB>_<OPTION> in the environment, else from a TOML file with a table for
+each verb ($GPTEDGE_CONFIG, ./gptedge.toml, or config.toml in the user's gptedge folder), else from its own default.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import traceback
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import click
+import typer
+
+from gptedge.cli.common import nearest
+from gptedge.errors import EXIT_INTERRUPTED, GptEdgeError, UsageError
+
+# Each is a file in this folder with a function `command`; in the order of the help page.
+VERBS = (
+    "train", "pull", "export", "quantize", "eval", "bench", "generate", "chat", "serve", "inspect", "verify", "doctor", "demo",
+)  # fmt: skip
+_EXTRA_ARGUMENTS = {"ignore_unknown_options": False, "help_option_names": ["-h", "--help"]}
+
+
+def build() -> click.Command:
+    """The whole command, verbs included."""
+    app = typer.Typer(
+        help="Train, export, quantize and chat with small GPTs, through ONNX Runtime and without Rust.",
+        add_completion=False,
+        no_args_is_help=True,
+        rich_markup_mode=None,  # plain help pages: rich would cost every start 60 ms
+        pretty_exceptions_enable=False,
+        context_settings=_EXTRA_ARGUMENTS,
+    )
+    app.callback()(_root)
+    for verb in VERBS:
+        module = import_module(f"gptedge.cli.{_FILES.get(verb, verb)}")
+        app.command(verb, context_settings=_EXTRA_ARGUMENTS)(module.command)
+    return typer.main.get_command(app)
+
+
+_FILES = {"eval": "evaluate"}  # where the verb's name would shadow something
+
+
+def _root(
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        from gptedge import __version__
+
+        print(f"gptedge {__version__}")
+        raise typer.Exit
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; the process's exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments or bool(os.environ.get("GPTEDGE_DEBUG"))
+    arguments = [a for a in arguments if a != "--debug"]
+    wants_json = "--json" in arguments
+    if arguments == ["--version"]:
+        arguments = ["--version", "doctor"]
+    _end_like_an_interrupt(signal.SIGTERM)
+    try:
+        result = build().main(
+            arguments, prog_name="gptedge", standalone_mode=False, auto_envvar_prefix="GPTEDGE", default_map=_config_file()
+        )
+        sys.stdout.flush()
+        return result if isinstance(result, int) else 0
+    except (KeyboardInterrupt, click.Abort):
+        return _fail("interrupted", EXIT_INTERRUPTED, wants_json)
+    except BrokenPipeError:  # the reader of our output has gone, as with `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except click.exceptions.NoArgsIsHelpError as e:
+        print(e.format_message())
+        return 2
+    except click.ClickException as e:
+        return _fail(e.format_message().replace("\n", " "), 2, wants_json)
+    except GptEdgeError as e:
+        if debug:
+            traceback.print_exc()
+        return _fail(str(e), e.exit_code, wants_json)
+    except Exception as e:
+        if debug:
+            traceback.print_exc()
+        return _fail(_plain(e), 1, wants_json)
+
+
+def _fail(message: str, code: int, wants_json: bool) -> int:
+    """One line on stderr; with --json also the one object on stdout."""
+    message = " ".join(message.split())
+    print(f"gptedge: {message}", file=sys.stderr)
+    if wants_json:
+        print(json.dumps({"error": message, "exit_code": code}, ensure_ascii=False))
+    return code
+
+
+def _plain(e: Exception) -> str:
+    """A line for what nobody foresaw, or for the operating system's refusals."""
+    if isinstance(e, OSError):
+        where = f"{e.filename}: " if e.filename else ""
+        return f"{where}{e.strerror or e}"
+    if isinstance(e, MemoryError):
+        return "out of memory; use a smaller model, a shorter context or fewer threads"
+    return f"{type(e).__name__}: {e} (run again with --debug for the traceback)"
+
+
+def _end_like_an_interrupt(number: int) -> None:
+    """Let a polite kill unwind as Ctrl+C does, so that half-written output is removed."""
+
+    def interrupt(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    try:
+        signal.signal(number, interrupt)
+    except ValueError:  # not the main thread: an embedding program keeps its own handlers
+        pass
+
+
+def _config_file() -> dict[str, Any] | None:
+    places = [os.environ.get("GPTEDGE_CONFIG"), "gptedge.toml", Path.home() / ".config" / "gptedge" / "config.toml"]
+    path = next((Path(p) for p in places if p and Path(p).is_file()), None)
+    if path is None:
+        return None
+    import tomllib
+
+    try:
+        settings = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise UsageError(f"{path} is not a TOML file: {e}") from None
+    for verb, options in settings.items():
+        if verb not in VERBS or not isinstance(options, dict):
+            raise UsageError(f"{path}: there is no verb {verb!r}{nearest(verb, VERBS)}")
+    return {verb: {name.replace("-", "_"): value for name, value in options.items()} for verb, options in settings.items()}

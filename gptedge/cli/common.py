@@ -1,0 +1,91 @@
+"""What the verbs share: option types, one JSON object on stdout, and everything else on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
+Threads = Annotated[int | None, typer.Option(help="Cores to compute on (default: all this process may use).")]
+Provider = Annotated[str | None, typer.Option(help="cpu or cuda (default: the best there is).")]
+BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder made by export or quantize.")]
+
+Report = Callable[[int, int, str], None]
+"""report(done, total, note)"""
+
+
+def say(message: str) -> None:
+    """A line for people, on stderr."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def emit(value: Mapping[str, Any], *, as_json: bool, lines: Iterable[str]) -> None:
+    """The result: one JSON object, or `lines` for people."""
+    if as_json:
+        print(json.dumps(value, ensure_ascii=False))
+    else:
+        for line in lines:
+            print(line)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """"; did you mean X?" where something known is close, else the list of what is known."""
+    import difflib
+
+    known = list(known)
+    close = difflib.get_close_matches(name, known, 1)
+    return f"; did you mean {close[0]}?" if close else f"; known are {', '.join(known)}"
+
+
+@contextmanager
+def progress(title: str) -> Iterator[Report]:
+    """A bar on a terminal; elsewhere a line now and then. Both on stderr."""
+    with _bar(title) if sys.stderr.isatty() else _lines(title) as report:
+        yield report
+
+
+@contextmanager
+def _bar(title: str) -> Iterator[Report]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(title, total=None, note="")
+        yield lambda done, total, note="": bar.update(task, completed=done, total=total, note=note)
+
+
+@contextmanager
+def _lines(title: str, every_s: float = 5.0) -> Iterator[Report]:
+    shown = time.monotonic()
+
+    def report(done: int, total: int, note: str = "") -> None:
+        nonlocal shown
+        if time.monotonic() - shown >= every_s:
+            shown = time.monotonic()
+            say(f"{title}: {done}/{total} {note}".rstrip())
+
+    yield report
+
+
+def table(rows: list[list[str]]) -> list[str]:
+    """Lines of a plain table; the first row is its head. The first column is aligned left, the others right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    pad = [str.ljust, *[str.rjust] * (len(widths) - 1)]
+    lines = ["  ".join(p(cell, w) for p, cell, w in zip(pad, row, widths, strict=True)).rstrip() for row in rows]
+    return [lines[0], "  ".join("-" * w for w in widths), *lines[1:]]

@@ -1,0 +1,100 @@
+"""gptedge generate: text after a prompt, from an argument or a pipe."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gptedge.cli.common import BundleArgument, Json, Provider, Threads, say
+from gptedge.config import SamplingParams
+from gptedge.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from gptedge.model import Model
+    from gptedge.runtime.generate import Stream
+
+_D = SamplingParams()
+
+
+def command(
+    bundle: BundleArgument,
+    prompt: Annotated[str | None, typer.Argument(help="The prompt; - or nothing reads it from standard input.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = _D.max_tokens,
+    temperature: Annotated[float, typer.Option(help="0 is greedy decoding.")] = _D.temperature,
+    top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")] = _D.top_k,
+    top_p: Annotated[float, typer.Option(help="Nucleus sampling.")] = _D.top_p,
+    min_p: Annotated[float, typer.Option(help="Least likelihood relative to the likeliest token.")] = _D.min_p,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1 discourages repeating.")] = _D.repetition_penalty,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same text.")] = _D.seed,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="The prompt is a user's message: use the chat template.")] = False,
+    system: Annotated[str | None, typer.Option(help="System message, with --chat.")] = None,
+    threads: Threads = None,
+    provider: Provider = None,
+    as_json: Json = False,
+) -> None:
+    """Generate text."""
+    params = SamplingParams(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop=tuple(stop or ()),
+    )
+    if system is not None and not chat:
+        raise UsageError("--system needs --chat: without a chat template there is no place for a system message")
+    text = _prompt(prompt)
+    from gptedge.model import load
+
+    start = time.perf_counter()
+    with load(bundle, threads=threads, provider=provider) as model:
+        load_ms = round((time.perf_counter() - start) * 1000, 2)
+        stream = model.chat(system=system).stream(text, **vars(params)) if chat else model.stream(text, params)
+        _print_json(stream, load_ms) if as_json else _print_text(stream)
+
+
+def _prompt(argument: str | None) -> str:
+    if argument is not None and argument != "-":
+        return argument
+    if argument is None and sys.stdin.isatty():
+        raise UsageError("there is no prompt; give one, or - to read it from standard input")
+    return decode_utf8(sys.stdin.buffer.read(), "standard input")
+
+
+def decode_utf8(data: bytes, where: str | Path) -> str:
+    """Text of UTF-8 bytes; DataError naming the first byte that is not."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as e:
+        raise DataError(f"{where} is not UTF-8 text: byte {e.start} is 0x{data[e.start]:02x}; convert it first") from None
+
+
+def _print_text(stream: Stream) -> None:
+    with stream:
+        for chunk in stream:
+            print(chunk.text, end="", flush=True)
+    print()
+
+
+def _print_json(stream: Stream, load_ms: float) -> None:
+    import json
+
+    with stream:
+        for _ in stream:
+            pass
+    r = stream.result
+    value: dict[str, Any] = {
+        "text": r.text,
+        "token_ids": list(r.token_ids),
+        "finish_reason": r.finish_reason,
+        "usage": vars(r.usage),
+        "timings": {"load_ms": load_ms, **vars(r.timings)},
+    }
+    print(json.dumps(value, ensure_ascii=False))

@@ -1,0 +1,129 @@
+"""A conversation with a model: its messages, and the KV cache that makes the next turn cheap."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any
+
+from gptedge.config import SamplingParams
+from gptedge.errors import DataError, UsageError
+from gptedge.runtime.generate import Chunk, Result, Stream, chunks
+
+if TYPE_CHECKING:
+    from gptedge.model import Model
+
+_BUSY = "this chat is already answering; cancel that reply, or use another chat"
+ROLES = ("system", "user", "assistant")
+
+
+class Chat:
+    """One conversation. `messages` is its history; the KV cache follows it, and only what changed is run again.
+
+    One reply at a time: asking while another is under way raises UsageError. A reply that is cancelled, or that fails,
+    stays in the history as far as it came; where nothing came, the history is as it was before the question.
+    """
+
+    def __init__(self, model: Model, *, system: str | None, params: SamplingParams) -> None:
+        self._model = model
+        self._cache = model.session.new_cache()
+        self._busy = threading.Lock()
+        self.params = params
+        self.messages: list[dict[str, str]] = [] if system is None else [{"role": "system", "content": system}]
+
+    def send(self, text: str, **changes: Any) -> Result:
+        """Ask, and wait for the whole reply. `changes` are sampling parameters for this reply."""
+        with self.stream(text, **changes) as stream:
+            for _ in stream:
+                pass
+        return stream.result
+
+    def stream(self, text: str, **changes: Any) -> Stream:
+        """Ask, and get the reply chunk by chunk."""
+        return self._reply([*self.messages, {"role": "user", "content": text}], changes)
+
+    def regenerate(self, **changes: Any) -> Stream:
+        """Answer the last question anew; the reply there was is dropped."""
+        messages = list(self.messages)
+        if messages and messages[-1]["role"] == "assistant":
+            messages.pop()
+        if not messages or messages[-1]["role"] != "user":
+            raise UsageError("there is no question to answer again")
+        return self._reply(messages, changes)
+
+    def edit(self, index: int, text: str) -> None:
+        """Replace the text of message `index` (negative counts from the end) and drop what came after it."""
+        if not -len(self.messages) <= index < len(self.messages):
+            raise UsageError(f"there is no message {index}; the conversation has {len(self.messages)}")
+        index %= len(self.messages)
+        self.messages[index] = {**self.messages[index], "content": text}
+        del self.messages[index + 1 :]
+
+    def fork(self) -> Chat:
+        """An independent copy from here on, KV cache included."""
+        self._check_idle()
+        with self._busy:
+            twin = Chat(self._model, system=None, params=self.params)
+            twin.messages, twin._cache = deepcopy(self.messages), self._cache.copy()
+            return twin
+
+    def clear(self) -> None:
+        """Start over, keeping the system message."""
+        self.messages = [m for m in self.messages[:1] if m["role"] == "system"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The conversation as JSON-ready data."""
+        return {"messages": deepcopy(self.messages)}
+
+    def load_dict(self, data: Mapping[str, Any]) -> None:
+        """Take over a conversation that `to_dict` gave. Raises DataError when it is not one."""
+        self.messages = checked_messages(data.get("messages"))
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens whose keys and values are kept."""
+        return len(self._cache)
+
+    def prompt_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids of the prompt for a reply to `messages`."""
+        model = self._model
+        text = model.chat_template.render(messages)
+        # A template writes the special tokens itself; only one that continues plain text leaves them to the tokenizer.
+        return model.tokenizer.encode(text, add_special_tokens=model.chat_template.is_continuation)
+
+    def _reply(self, messages: list[dict[str, str]], changes: dict[str, Any]) -> Stream:
+        from gptedge.model import sampling_params
+
+        settings = sampling_params(self.params, changes)
+        ids = self._model.checked_prompt(self.prompt_ids(messages))
+        self._check_idle()
+
+        def make(cancelled: threading.Event) -> Iterator[Chunk]:
+            self._take()  # only now: a stream that is never read must not block the chat
+            return chunks(self._model.session, self._model.tokenizer, self._cache, ids, settings, cancelled)
+
+        def end(result: Result | None) -> None:
+            if result is not None and result.token_ids:
+                self.messages = [*messages, {"role": "assistant", "content": result.text}]
+            self._busy.release()
+
+        return Stream(make, end)
+
+    def _check_idle(self) -> None:
+        if self._busy.locked():
+            raise UsageError(_BUSY)
+
+    def _take(self) -> None:
+        if not self._busy.acquire(blocking=False):
+            raise UsageError(_BUSY)
+
+
+def checked_messages(value: Any) -> list[dict[str, str]]:
+    """Messages as [{"role", "content"}]. Raises DataError naming the first that is something else."""
+    if not isinstance(value, list):
+        raise DataError("messages must be a list of {role, content}")
+    for i, m in enumerate(value):
+        if not isinstance(m, Mapping) or m.get("role") not in ROLES or not isinstance(m.get("content"), str):
+            raise DataError(f"message {i} must have a role of {', '.join(ROLES)} and content that is text")
+    return [{"role": m["role"], "content": m["content"]} for m in value]

@@ -1,0 +1,134 @@
+"""`gptedge.load`: a bundle ready to generate text. The API that programs embed; needs numpy and onnxruntime, never torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from threading import Event
+from types import TracebackType
+from typing import Any
+
+from gptedge.bundle import Bundle, open_bundle
+from gptedge.chat_template import ChatTemplate, load_chat_template
+from gptedge.config import SamplingParams
+from gptedge.conversation import Chat
+from gptedge.errors import UsageError
+from gptedge.runtime.generate import Chunk, Result, Stream, chunks
+from gptedge.runtime.session import Session
+from gptedge.tokenizer import Tokenizer
+
+
+def load(
+    bundle: str | Path, *, threads: int | None = None, provider: str | None = None, verify: bool = True
+) -> Model:
+    """Load a bundle folder.
+
+    threads: cores to compute on (default: those the process may use). provider: "cpu", "cuda", or None for the best there is.
+    verify: compare every file with the manifest's sha256, which runs beside the loading.
+    Raises BundleError when the folder is not a whole bundle, MissingExtraError without onnxruntime.
+    """
+    opened = open_bundle(Path(bundle))
+    return Model(opened, Session(opened, threads=threads, provider=provider, check=verify), Tokenizer.from_folder(opened.path))
+
+
+class Model:
+    """A loaded bundle, shared by any number of generations and chats, from any threads. Close it, or use it in `with`."""
+
+    def __init__(self, bundle: Bundle, session: Session, tokenizer: Tokenizer) -> None:
+        self.bundle = bundle
+        self.session = session
+        self.tokenizer = tokenizer
+
+    def generate(self, prompt: str, params: SamplingParams | None = None, **changes: Any) -> str:
+        """The text that follows `prompt`. Settings are those of SamplingParams, whole or by name."""
+        return self.run(prompt, params, **changes).text
+
+    def run(self, prompt: str, params: SamplingParams | None = None, **changes: Any) -> Result:
+        """Like `generate`, with token ids, finish reason, usage and timings."""
+        with self.stream(prompt, params, **changes) as stream:
+            for _ in stream:
+                pass
+        return stream.result
+
+    def stream(self, prompt: str, params: SamplingParams | None = None, **changes: Any) -> Stream:
+        """The text that follows `prompt`, chunk by chunk. Raises ContextOverflowError when the prompt does not fit."""
+        ids = self.tokenizer.encode(prompt, add_special_tokens=True)
+        return self.stream_ids(ids, params, **changes)
+
+    def stream_ids(self, prompt: Sequence[int], params: SamplingParams | None = None, **changes: Any) -> Stream:
+        """Like `stream`, of token ids."""
+        settings = sampling_params(params, changes)
+        ids = self.checked_prompt(prompt)
+
+        def make(cancelled: Event) -> Iterator[Chunk]:
+            return chunks(self.session, self.tokenizer, self.session.new_cache(), ids, settings, cancelled)
+
+        return Stream(make, on_end=lambda _: None)
+
+    def chat(self, *, system: str | None = None, params: SamplingParams | None = None, **changes: Any) -> Chat:
+        """A new conversation, with its own history and KV cache. `system` is the system message, if any."""
+        return Chat(self, system=system, params=sampling_params(params, changes))
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate:
+        return load_chat_template(self.bundle.path)
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens of a prompt and its reply together."""
+        return self.session.context_length
+
+    def checked_prompt(self, ids: Sequence[int]) -> list[int]:
+        """Token ids that can be run: an empty prompt becomes the beginning-of-text token, where there is one."""
+        ids = list(ids)
+        if not ids:
+            if self.tokenizer.bos_id is None:
+                raise UsageError("the prompt is empty, and this model has no beginning-of-text token to start from")
+            ids = [self.tokenizer.bos_id]
+        bad = next((i for i in ids if not 0 <= i < self.session.vocab_size), None)
+        if bad is not None:
+            raise UsageError(f"token id {bad} is outside the vocabulary of {self.session.vocab_size}")
+        self.session.check_fits(len(ids))
+        return ids
+
+    def close(self) -> None:
+        """Give the memory back. Streams under way end with BundleError."""
+        self.session.close()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def sampling_params(params: SamplingParams | None, changes: dict[str, Any]) -> SamplingParams:
+    """`params`, or the defaults, with some fields changed. Raises UsageError for a name that is not a field."""
+    known = {f.name for f in dataclasses.fields(SamplingParams)}
+    if unknown := sorted(set(changes) - known):
+        raise UsageError(f"{unknown[0]!r} is not a sampling parameter; known are {', '.join(sorted(known))}")
+    return dataclasses.replace(params or SamplingParams(), **changes)
+
+
+def generate(bundle: Model | str | Path, prompt: str, **changes: Any) -> str:
+    """`Model.generate` of a model, or of a bundle that is loaded for this one call."""
+    if isinstance(bundle, Model):
+        return bundle.generate(prompt, **changes)
+    with load(bundle) as model:
+        return model.generate(prompt, **changes)
+
+
+def stream(bundle: Model | str | Path, prompt: str, **changes: Any) -> Stream:
+    """`Model.stream` of a model, or of a bundle, which is then loaded for this one call."""
+    return _loaded(bundle).stream(prompt, **changes)
+
+
+def chat(bundle: Model | str | Path, *, system: str | None = None, **changes: Any) -> Chat:
+    """`Model.chat` of a model, or of a bundle, which is then loaded for this one chat."""
+    return _loaded(bundle).chat(system=system, **changes)
+
+
+def _loaded(bundle: Model | str | Path) -> Model:
+    return bundle if isinstance(bundle, Model) else load(bundle)

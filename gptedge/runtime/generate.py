@@ -1,0 +1,241 @@
+"""Generation in three layers, each a short generator: ids -> chunks of text -> one result.
+
+`steps` sees only ids and logits; `chunks` turns them into whole characters and looks for stop strings; `Stream` is what
+callers hold: an iterator that can be cancelled from any thread and ends with a `Result`.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from types import TracebackType
+from typing import Literal
+
+from gptedge.config import SamplingParams
+from gptedge.errors import UsageError
+from gptedge.runtime.kv_cache import KVCache
+from gptedge.runtime.sampling import Sampler, TokenLogprob, logprob_of
+from gptedge.runtime.session import Session
+from gptedge.tokenizer import Tokenizer
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True)
+class Usage:
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True)
+class Timings:
+    ttft_ms: float
+    """From the call to the first token, milliseconds."""
+    prefill_tokens_per_s: float
+    """Prompt tokens that had to be run (those already in the KV cache do not count) per second."""
+    decode_tokens_per_s: float
+    cached_tokens: int = 0
+    """Prompt tokens found in the KV cache."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A piece of a reply. The last one has a finish_reason, usage and timings."""
+
+    text: str
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+    timings: Timings | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    usage: Usage
+    timings: Timings
+    logprobs: tuple[TokenLogprob, ...] | None = None
+
+
+@dataclass
+class _Clock:
+    """Times of one generation, from which Timings are made."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    start: float = field(default_factory=time.perf_counter)
+    first: float = 0.0
+    generated: int = 0
+
+    def tick(self) -> None:
+        if not self.generated:
+            self.first = time.perf_counter()
+        self.generated += 1
+
+    def timings(self) -> Timings:
+        now = time.perf_counter()
+        first = self.first or now
+        prefill, decode = first - self.start, now - first
+        return Timings(
+            ttft_ms=round(prefill * 1000, 2),
+            prefill_tokens_per_s=round((self.prompt_tokens - self.cached_tokens) / prefill, 2) if prefill else 0.0,
+            decode_tokens_per_s=round((self.generated - 1) / decode, 2) if self.generated > 1 and decode else 0.0,
+            cached_tokens=self.cached_tokens,
+        )
+
+
+def steps(
+    session: Session, cache: KVCache, prompt: Sequence[int], params: SamplingParams, cancelled: threading.Event
+) -> Iterator[tuple[int, TokenLogprob | None]]:
+    """Token ids, one by one, until `max_tokens` of them, or cancelled, or the caller stops asking.
+
+    `cache` holds a proper prefix of `prompt`, which is not run again. A token is run only when the next is asked for.
+    """
+    logits = session.prefill(prompt[len(cache) :], cache, stop=cancelled)
+    sampler = Sampler(params, prompt, session.vocab_size)
+    for done in range(params.max_tokens):
+        if logits is None or cancelled.is_set():
+            return
+        token = sampler.choose(logits)
+        yield token, None if params.logprobs is None else logprob_of(logits, token, params.logprobs)
+        if done + 1 < params.max_tokens and not cancelled.is_set():
+            logits = session.run([token], cache)[0]
+
+
+class _StopStrings:
+    """Passes text through, holding back what may be the beginning of a stop string."""
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self._stop = stop
+        self._held = ""
+        self._met = False
+
+    def feed(self, text: str) -> tuple[str, bool]:
+        """Text that may be shown now, and whether a stop string was met."""
+        if not self._stop or self._met:
+            return ("" if self._met else text), self._met
+        self._held += text
+        places = [at for at in (self._held.find(s) for s in self._stop) if at >= 0]
+        self._met = bool(places)
+        cut = min(places) if places else len(self._held) - max(_overlap(self._held, s) for s in self._stop)
+        shown, self._held = self._held[:cut], self._held[cut:]
+        return shown, self._met
+
+    def finish(self, text: str) -> str:
+        """What may be shown when no more text comes after `text`."""
+        shown, met = self.feed(text)
+        return shown if met else shown + self._held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    for n in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:n]):
+            return n
+    return 0
+
+
+def chunks(
+    session: Session,
+    tokenizer: Tokenizer,
+    cache: KVCache,
+    prompt: Sequence[int],
+    params: SamplingParams,
+    cancelled: threading.Event,
+) -> Iterator[Chunk]:
+    """A reply to `prompt` as text in whole characters; the last chunk says how it ended.
+
+    The cache may hold anything: its longest prefix in common with the prompt is used. The prompt must fit the context.
+    """
+    # The last prompt token is always run: its logits are not kept in the cache.
+    clock = _Clock(len(prompt), cached_tokens=cache.keep_common_prefix(prompt[:-1]))
+    params = replace(params, max_tokens=min(params.max_tokens, session.context_length - len(prompt)))
+    decoder, stops = tokenizer.decode_stream(), _StopStrings(params.stop)
+    reason: FinishReason | None = None
+    tokens = steps(session, cache, prompt, params, cancelled) if params.max_tokens else iter(())
+    for token, logprob in tokens:
+        clock.tick()
+        text, met = stops.feed(decoder.step(token))
+        yield Chunk(text, (token,), None if logprob is None else (logprob,))
+        if met or token in session.bundle.eos_ids:
+            reason = "stop"
+            break
+    rest = stops.finish(decoder.flush())
+    reason = reason or ("length" if clock.generated >= params.max_tokens else "cancelled")
+    yield Chunk(rest, finish_reason=reason, usage=Usage(len(prompt), clock.generated), timings=clock.timings())
+
+
+class Stream:
+    """A reply under way. Iterate over its chunks; `cancel()` from any thread ends it with what has come so far.
+
+    As a context manager it is cancelled on leaving, should it still run. `result` is there once the iteration has ended.
+    """
+
+    def __init__(self, make_chunks: Callable[[threading.Event], Iterator[Chunk]], on_end: Callable[[Result | None], None]) -> None:
+        """`on_end` is called once what `make_chunks` gave has been read, with the result, or None when nothing came."""
+        self._cancelled = threading.Event()
+        self._on_end = on_end
+        self._chunks = self._run(make_chunks)
+        self._result: Result | None = None
+
+    def _run(self, make_chunks: Callable[[threading.Event], Iterator[Chunk]]) -> Iterator[Chunk]:
+        got: list[Chunk] = []
+        parts = make_chunks(self._cancelled)
+        try:
+            for chunk in parts:
+                got.append(chunk)
+                if chunk.finish_reason:
+                    self._result = join(got)
+                yield chunk
+        finally:
+            if self._result is None and got:
+                self._result = join(got)
+            self._on_end(self._result)
+
+    def __iter__(self) -> Iterator[Chunk]:
+        return self._chunks
+
+    def __next__(self) -> Chunk:
+        return next(self._chunks)
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def cancel(self) -> None:
+        """Stop after the token that is being computed. Returns at once; safe from any thread, and more than once."""
+        self._cancelled.set()
+
+    def close(self) -> None:
+        """Cancel, and take in what is left, so that `result` is there."""
+        self.cancel()
+        for _ in self._chunks:
+            pass
+
+    @property
+    def result(self) -> Result:
+        if self._result is None:
+            raise UsageError("this reply has not ended; iterate to its end, or leave the with block, first")
+        return self._result
+
+
+def join(parts: Sequence[Chunk]) -> Result:
+    """One result of all chunks; without a last one, the reply counts as cancelled."""
+    last = parts[-1]
+    ids = tuple(i for part in parts for i in part.token_ids)
+    logprobs = [lp for part in parts for lp in part.logprobs or ()]
+    return Result(
+        text="".join(part.text for part in parts),
+        token_ids=ids,
+        finish_reason=last.finish_reason or "cancelled",
+        usage=last.usage or Usage(0, len(ids)),
+        timings=last.timings or Timings(0.0, 0.0, 0.0),
+        logprobs=tuple(logprobs) or None,
+    )
