@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -25,6 +26,7 @@ def new_folder(destination: Path, *, force: bool = False) -> Iterator[Path]:
     the new one is complete.
     """
     destination = Path(destination)
+    _clean_up(destination)
     check_destination(destination, force=force)
     destination.parent.mkdir(parents=True, exist_ok=True)
     work = _work_path(destination)
@@ -41,6 +43,7 @@ def new_folder(destination: Path, *, force: bool = False) -> Iterator[Path]:
 def new_file(destination: Path) -> Iterator[Path]:
     """Yield a path beside `destination` to write to; rename it over `destination` on success, remove it otherwise."""
     destination = Path(destination)
+    _clean_up(destination)
     work = _work_path(destination)
     try:
         yield work
@@ -83,18 +86,36 @@ def _replace(work: Path, destination: Path) -> None:
     os.rename(destination, old)
     try:
         os.rename(work, destination)
-    except OSError:
-        os.rename(old, destination)
+    except BaseException:  # an interrupt may come here too, before or after the rename
+        if not destination.exists():
+            os.rename(old, destination)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    finally:
+        if destination.exists():
+            _remove(old)
+
+
+def _clean_up(destination: Path) -> None:
+    """Remove what killed processes left beside `destination`; put back what one had moved aside and not yet replaced."""
+    for stale in destination.parent.glob(f".{glob.escape(destination.name)}.*-*.*"):
+        pid, kind = stale.name.split(".")[-2].partition("-")[0], stale.suffix
+        if kind not in (".partial", ".old") or not pid.isdigit() or _is_running(int(pid)):
+            continue
+        if kind == ".old" and not destination.exists():
+            os.rename(stale, destination)
+        else:
+            _remove(stale)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _work_path(destination: Path) -> Path:
-    """A fresh hidden name beside `destination`, after removing what killed processes left under such names."""
-    for stale in destination.parent.glob(f".{destination.name}.*.partial"):
-        pid = stale.name.split(".")[-2].partition("-")[0]
-        if pid.isdigit() and not _is_running(int(pid)):
-            shutil.rmtree(stale, ignore_errors=True) if stale.is_dir() else stale.unlink(missing_ok=True)
+    """A fresh hidden name beside `destination`."""
     return destination.parent / f".{destination.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.partial"
 
 

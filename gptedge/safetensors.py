@@ -62,10 +62,12 @@ def read(path: Path) -> dict[str, Tensor]:
     size = path.stat().st_size
     header, start = _header(path, size)
     data = np.memmap(path, np.uint8, mode="r", offset=start) if size > start else np.empty(0, np.uint8)
-    tensors = {}
+    tensors, extents = {}, []
     for name, entry in header.items():
         if name != "__metadata__":
-            tensors[name] = _tensor(path, name, entry, data)
+            tensors[name], extent = _tensor(path, name, entry, data)
+            extents.append(extent)
+    _check_layout(path, extents, len(data))
     return tensors
 
 
@@ -76,23 +78,34 @@ def _header(path: Path, size: int) -> tuple[dict[str, Any], int]:
             raise CheckpointError(f"{path} is not a safetensors file, or is cut short ({size} bytes)")
         try:
             header = json.loads(f.read(length))
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             raise CheckpointError(f"{path}: the header is not JSON ({e})") from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: the header is not a JSON object")
     return header, 8 + length
 
 
-def _tensor(path: Path, name: str, entry: Any, data: npt.NDArray[np.uint8]) -> Tensor:
+def _check_layout(path: Path, extents: list[tuple[int, int, str]], size: int) -> None:
+    """The format wants the tensors' bytes one after another: no overlap, no gap, nothing after the last."""
+    at = 0
+    for begin, end, name in sorted(extents):
+        if begin != at:
+            raise CheckpointError(f"{path}: {name} begins at byte {begin} of the data; the tensor before ends at {at}")
+        at = end
+    if at != size:
+        raise CheckpointError(f"{path} has {size} bytes of data, and its tensors take {at}")
+
+
+def _tensor(path: Path, name: str, entry: Any, data: npt.NDArray[np.uint8]) -> tuple[Tensor, tuple[int, int, str]]:
     try:
-        kind, shape = str(entry["dtype"]), tuple(int(n) for n in entry["shape"])
-        begin, end = (int(n) for n in entry["data_offsets"])
+        kind, shape = str(entry["dtype"]), tuple(map(_count, entry["shape"]))
+        begin, end = map(_count, entry["data_offsets"])
     except (KeyError, TypeError, ValueError):
         raise CheckpointError(f"{path}: the header's entry for {name} is malformed") from None
     if kind not in _KINDS:
         raise CheckpointError(f"{path}: {name} has dtype {kind}; known are {', '.join(_KINDS)}")
     stored, to_float = _KINDS[kind]
-    if not 0 <= begin <= end or end - begin != math.prod(shape) * np.dtype(stored).itemsize:
+    if end - begin != math.prod(shape) * np.dtype(stored).itemsize:
         raise CheckpointError(f"{path}: {name} has {end - begin} bytes, which is not what {kind} {list(shape)} takes")
     if end > len(data):
         raise CheckpointError(f"{path} is cut short: {name} ends at byte {end} of the data, and {len(data)} are there")
@@ -102,7 +115,13 @@ def _tensor(path: Path, name: str, entry: Any, data: npt.NDArray[np.uint8]) -> T
             raise CheckpointError(f"{path}: {name} has dtype {kind}; a floating kind is needed")
         return to_float(data[begin:end].view(stored).reshape(shape))
 
-    return Tensor(shape, kind, load)
+    return Tensor(shape, kind, load), (begin, end, name)
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError
+    return value
 
 
 def write(path: Path, tensors: Mapping[str, npt.NDArray[Any]] | Iterable[tuple[str, npt.NDArray[Any]]]) -> None:
