@@ -9,7 +9,7 @@ Shapes: B batch, T new tokens, S past + new tokens, D n_embd, F n_ff, V vocab_si
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -32,6 +32,7 @@ from gptedge.graph_io import (
 from gptedge.onnx_file import WeightFile
 from gptedge.safetensors import Tensor
 
+Report = Callable[[int, int, str], None]
 Weights = Mapping[str, Tensor]
 _ACTIVATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "silu": ("QuickGelu", {"alpha": 1.0}),  # x * sigmoid(alpha * x)
@@ -41,23 +42,36 @@ _ACTIVATIONS: dict[str, tuple[str, dict[str, Any]]] = {
 _END = np.iinfo(np.int64).max
 
 
-def build(config: ModelConfig, weights: Weights, file: WeightFile) -> onnx.ModelProto:
-    """The whole graph; weights are streamed to `file`."""
-    return _Decoder(config, weights, Graph(file)).forward()
+def silent(done: int, total: int, note: str) -> None:
+    """A report that goes nowhere."""
+
+
+def build(
+    config: ModelConfig, weights: Weights, file: WeightFile, *, half: bool = False, report: Report = silent
+) -> onnx.ModelProto:
+    """The whole graph; weights are streamed to `file`. `half` stores matrices as float16, to be widened when loaded."""
+    return _Decoder(config, weights, Graph(file), half, report).forward()
 
 
 class _Decoder:
-    def __init__(self, config: ModelConfig, weights: Weights, graph: Graph) -> None:
+    def __init__(self, config: ModelConfig, weights: Weights, graph: Graph, half: bool, report: Report) -> None:
         self.c = config
         self.w = weights
         self.g = graph
+        self.half = half
+        self.report = report
 
     def embed(self, ids: str) -> str:
         """[B, T] -> [B, T, D]"""
         x = self.g.op("Gather", self.weight("embed.weight"), ids, name="embed")
         if self.c.position == "learned":
             positions = self.g.input(POSITION_IDS, np.int64, ["batch_size", "sequence_length"])
-            x = self.g.op("Add", x, self.g.op("Gather", self.weight("position.weight"), positions, name="position"), name="embed.sum")
+            x = self.g.op(
+                "Add",
+                x,
+                self.g.op("Gather", self.weight("position.weight"), positions, name="position"),
+                name="embed.sum",
+            )
         return x
 
     def norm(self, x: str, name: str) -> str:
@@ -119,6 +133,7 @@ class _Decoder:
         normed = self.norm(x, "blocks.0.attn_norm")
         for i in range(c.n_layer):
             x, normed = self.block(x, normed, i)
+            self.report(i + 1, c.n_layer, "layers")
         self.head(normed)
         g.output(LOGITS, np.float32, ["batch_size", "sequence_length", c.vocab_size])
         for i in range(c.n_layer):
@@ -139,14 +154,21 @@ class _Decoder:
     def linear(self, x: str, name: str, *parts: str) -> str:
         """x @ W.T (+ bias); with `parts`, their rows stacked into one matrix."""
         parts = parts or (name,)
-        y = self.g.op("FusedMatMul", x, self.weight(f"{name}.weight", *(f"{p}.weight" for p in parts)), name=name, transB=1)
+        y = self.g.op(
+            "FusedMatMul", x, self.weight(f"{name}.weight", *(f"{p}.weight" for p in parts)), name=name, transB=1
+        )
         if f"{parts[0]}.bias" not in self.w:
             return y
         bias = self.weight(f"{name}.bias", *(f"{p}.bias" for p in parts))
         return self.g.op("Add", y, bias, name=f"{name}.biased")
 
     def weight(self, name: str, *parts: str) -> str:
-        return self.g.weight(name, (self.w[part].read() for part in parts or (name,)))
+        """A weight by name, or several with their rows stacked. onnxruntime widens stored float16 once, when it loads."""
+        parts = parts or (name,)
+        if not self.half or len(self.w[parts[0]].shape) < 2:
+            return self.g.weight(name, (self.w[part].read() for part in parts))
+        stored = self.g.weight(f"{name}.half", (self.w[part].read().astype(np.float16) for part in parts))
+        return self.g.once("Cast", stored, name=name, to=onnx.TensorProto.FLOAT)
 
     def norm_weights(self, name: str) -> list[str]:
         return [self.weight(f"{name}.{kind}") for kind in ("weight", "bias") if f"{name}.{kind}" in self.w]
@@ -182,13 +204,25 @@ class _Decoder:
         g = self.g
         count = g.op("ReduceSum", ATTENTION_MASK, g.constant("time_axis", [1]), name="lengths.sum", keepdims=0)
         less = g.op("Sub", count, g.constant("one", [1]), name="lengths.less_one")
-        total = g.op("Gather", g.op("Shape", ATTENTION_MASK, name="longest.shape"), g.constant("index_1", 1), name="longest.total")
+        total = g.op(
+            "Gather",
+            g.op("Shape", ATTENTION_MASK, name="longest.shape"),
+            g.constant("index_1", 1),
+            name="longest.total",
+        )
         to_int32 = {"to": onnx.TensorProto.INT32}
         return g.op("Cast", less, name="lengths", **to_int32), g.op("Cast", total, name="longest", **to_int32)
 
     @cached_property
     def rotary_tables(self) -> tuple[str, str]:
-        """cos and sin of position x frequency, float32 as the reference implementations have them, [context, rope_dim / 2]."""
-        positions = np.arange(self.c.context_length, dtype=np.float32)
-        angles = np.outer(positions, np.array(rope_frequencies(self.c), np.float32))
-        return self.g.weight("rope.cos", [np.cos(angles)]), self.g.weight("rope.sin", [np.sin(angles)])
+        """cos and sin of position x frequency, [context_length, rope_dim / 2]; onnxruntime folds them when it loads."""
+        g = self.g
+        positions = g.op(
+            "Range", g.constant("rope.start", 0.0, np.float32), g.constant("rope.end", self.c.context_length, np.float32),
+            g.constant("rope.step", 1.0, np.float32), name="rope.positions",
+        )  # fmt: skip
+        column = g.op("Unsqueeze", positions, g.constant("rope.axis", [1]), name="rope.column")
+        angles = g.op(
+            "Mul", column, g.constant("rope.frequencies", rope_frequencies(self.c), np.float32), name="rope.angles"
+        )
+        return g.op("Cos", angles, name="rope.cos"), g.op("Sin", angles, name="rope.sin")

@@ -17,7 +17,14 @@ from gptedge.onnx_file import IR_VERSION, OPSETS, WeightFile
 
 # Operators that onnxruntime defines beyond the standard set, by the domain they are registered under.
 _DOMAINS = dict.fromkeys(
-    ("FusedMatMul", "GroupQueryAttention", "SkipSimplifiedLayerNormalization", "SkipLayerNormalization", "QuickGelu", "FastGelu"),
+    (
+        "FusedMatMul",
+        "GroupQueryAttention",
+        "SkipSimplifiedLayerNormalization",
+        "SkipLayerNormalization",
+        "QuickGelu",
+        "FastGelu",
+    ),
     "com.microsoft",
 )
 
@@ -61,6 +68,12 @@ class Graph:
         domain = _DOMAINS.get(kind, "")
         self._nodes.append(helper.make_node(kind, list(inputs), outputs, name=name, domain=domain, **attributes))
         return outputs[0]
+
+    def once(self, kind: str, *inputs: str, name: str, **attributes: Any) -> str:
+        """Like `op`, but a second call with the same name adds nothing."""
+        if not any(node.name == name for node in self._nodes):
+            self.op(kind, *inputs, name=name, **attributes)
+        return name
 
     def model(self, name: str) -> onnx.ModelProto:
         graph = helper.make_graph(self._nodes, name, self._inputs, self._outputs, list(self._initializers.values()))

@@ -18,8 +18,9 @@ from onnx import TensorProto, helper
 
 from gptedge.errors import BundleError
 
-ALIGNMENT = 4096
-"""Bytes; onnxruntime maps a tensor instead of copying it when it starts on a page."""
+PAGE, CACHE_LINE = 4096, 64
+"""Bytes; large tensors start on a page, as the ONNX specification advises for mapping them, others on a cache line."""
+_LARGE = 1 << 18
 INLINE_LIMIT = 1024
 """Bytes; smaller tensors stay inside the .onnx file."""
 OPSETS = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
@@ -39,7 +40,9 @@ class WeightFile:
     def __enter__(self) -> WeightFile:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._file.close()
 
     def add(self, name: str, chunks: Iterable[_Array]) -> TensorProto:
@@ -51,7 +54,8 @@ class WeightFile:
             chunks = iter(())
             if first.nbytes < INLINE_LIMIT:
                 return onnx.numpy_helper.from_array(first, name)
-        start = -(-self._file.tell() // ALIGNMENT) * ALIGNMENT
+        alignment = PAGE if first.nbytes >= _LARGE else CACHE_LINE
+        start = -(-self._file.tell() // alignment) * alignment
         self._file.write(b"\0" * (start - self._file.tell()))
         rows = 0
         for chunk in itertools.chain([first], chunks):

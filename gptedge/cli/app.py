@@ -70,7 +70,11 @@ def main(arguments: list[str] | None = None) -> int:
     _end_like_an_interrupt(signal.SIGTERM)
     try:
         result = build().main(
-            arguments, prog_name="gptedge", standalone_mode=False, auto_envvar_prefix="GPTEDGE", default_map=_config_file()
+            arguments,
+            prog_name="gptedge",
+            standalone_mode=False,
+            auto_envvar_prefix="GPTEDGE",
+            default_map=_config_file(),
         )
         sys.stdout.flush()
         return result if isinstance(result, int) else 0
@@ -139,4 +143,6 @@ def _config_file() -> dict[str, Any] | None:
     for verb, options in settings.items():
         if verb not in VERBS or not isinstance(options, dict):
             raise UsageError(f"{path}: there is no verb {verb!r}{nearest(verb, VERBS)}")
-    return {verb: {name.replace("-", "_"): value for name, value in options.items()} for verb, options in settings.items()}
+    return {
+        verb: {name.replace("-", "_"): value for name, value in options.items()} for verb, options in settings.items()
+    }

@@ -12,6 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
+from gptedge.errors import MissingExtraError, UsageError
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
 Threads = Annotated[int | None, typer.Option(help="Cores to compute on (default: all this process may use).")]
@@ -37,12 +39,28 @@ def emit(value: Mapping[str, Any], *, as_json: bool, lines: Iterable[str]) -> No
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """"; did you mean X?" where something known is close, else the list of what is known."""
+    """ "; did you mean X?" where something known is close, else the list of what is known."""
     import difflib
 
     known = list(known)
     close = difflib.get_close_matches(name, known, 1)
     return f"; did you mean {close[0]}?" if close else f"; known are {', '.join(known)}"
+
+
+def one_of(option: str, value: str, known: Iterable[str]) -> None:
+    """UsageError unless `value` is one of those known."""
+    known = list(known)
+    if value not in known:
+        raise UsageError(f"{option} is {value!r}{nearest(value, known)}")
+
+
+@contextmanager
+def needs(extra: str) -> Iterator[None]:
+    """Around imports of optional packages: a missing one becomes a line that says what to install."""
+    try:
+        yield
+    except ModuleNotFoundError as e:
+        raise MissingExtraError(f"{e.name} is not installed, which this needs; install gptedge[{extra}]") from None
 
 
 @contextmanager

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gptedge.cli.common import BundleArgument, Json, Provider, Threads, say
+from gptedge.cli.common import BundleArgument, Json, Provider, Threads
 from gptedge.config import SamplingParams
-from gptedge.errors import DataError, UsageError
+from gptedge.errors import UsageError
+from gptedge.text import decode_utf8
 
 if TYPE_CHECKING:
     from gptedge.model import Model
@@ -31,7 +31,9 @@ def command(
     repetition_penalty: Annotated[float, typer.Option(help="Above 1 discourages repeating.")] = _D.repetition_penalty,
     seed: Annotated[int | None, typer.Option(help="Same seed, same text.")] = _D.seed,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="The prompt is a user's message: use the chat template.")] = False,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="The prompt is a user's message: use the chat template.")
+    ] = False,
     system: Annotated[str | None, typer.Option(help="System message, with --chat.")] = None,
     threads: Threads = None,
     provider: Provider = None,
@@ -66,14 +68,6 @@ def _prompt(argument: str | None) -> str:
     if argument is None and sys.stdin.isatty():
         raise UsageError("there is no prompt; give one, or - to read it from standard input")
     return decode_utf8(sys.stdin.buffer.read(), "standard input")
-
-
-def decode_utf8(data: bytes, where: str | Path) -> str:
-    """Text of UTF-8 bytes; DataError naming the first byte that is not."""
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as e:
-        raise DataError(f"{where} is not UTF-8 text: byte {e.start} is 0x{data[e.start]:02x}; convert it first") from None
 
 
 def _print_text(stream: Stream) -> None:

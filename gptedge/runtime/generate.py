@@ -176,7 +176,9 @@ class Stream:
     As a context manager it is cancelled on leaving, should it still run. `result` is there once the iteration has ended.
     """
 
-    def __init__(self, make_chunks: Callable[[threading.Event], Iterator[Chunk]], on_end: Callable[[Result | None], None]) -> None:
+    def __init__(
+        self, make_chunks: Callable[[threading.Event], Iterator[Chunk]], on_end: Callable[[Result | None], None]
+    ) -> None:
         """`on_end` is called once what `make_chunks` gave has been read, with the result, or None when nothing came."""
         self._cancelled = threading.Event()
         self._on_end = on_end
@@ -206,7 +208,9 @@ class Stream:
     def __enter__(self) -> Stream:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def cancel(self) -> None:

@@ -32,9 +32,9 @@ class KVCache:
         return len(self.ids)
 
     @property
-    def nbytes(self) -> int:
+    def bytes_per_token(self) -> int:
         batch, heads, width = self._shape
-        return self._n_buffers * batch * heads * width * self.capacity * self._dtype.itemsize
+        return self._n_buffers * batch * heads * width * self._dtype.itemsize
 
     def reserve(self, n_tokens: int, limit: int) -> None:
         """Make room for `n_tokens` in all, doubling up to `limit`, the context's length."""

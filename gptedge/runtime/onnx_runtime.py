@@ -16,7 +16,9 @@ def import_onnxruntime() -> ModuleType:
     try:
         import onnxruntime
     except ImportError as e:
-        raise MissingExtraError(f"onnxruntime cannot be imported ({e}); install gptedge[cpu] or gptedge[cuda]") from None
+        raise MissingExtraError(
+            f"onnxruntime cannot be imported ({e}); install gptedge[cpu] or gptedge[cuda]"
+        ) from None
     onnxruntime.set_default_logger_severity(3)  # errors only: nothing of ours depends on its warnings
     return onnxruntime  # type: ignore[no-any-return]
 

@@ -40,7 +40,9 @@ Logits = npt.NDArray[np.float32]
 
 
 class Session:
-    def __init__(self, bundle: Bundle, *, threads: int | None = None, provider: str | None = None, check: bool = True) -> None:
+    def __init__(
+        self, bundle: Bundle, *, threads: int | None = None, provider: str | None = None, check: bool = True
+    ) -> None:
         """Load the graph. `check` compares every file with the manifest's sha256, beside the loading."""
         if threads is not None and threads < 1:
             raise UsageError(f"threads is {threads}; it must be at least 1")
@@ -77,7 +79,9 @@ class Session:
         missing = [n for n in (INPUT_IDS, ATTENTION_MASK, *past_names(self.n_layer)) if n not in inputs]
         missing += [n for n in (LOGITS, *present_names(self.n_layer)) if n not in outputs]
         if missing or not self.n_layer:
-            raise BundleError(f"{self.bundle.path / GRAPH} is not a decoder with a KV cache: it lacks {missing[0] if missing else past_key(0)}")
+            raise BundleError(
+                f"{self.bundle.path / GRAPH} is not a decoder with a KV cache: it lacks {missing[0] if missing else past_key(0)}"
+            )
         past = inputs[past_key(0)]
         self.n_kv_head, self.head_dim = int(past.shape[1]), int(past.shape[3])
         self.vocab_size = int(outputs[LOGITS].shape[2])
@@ -152,7 +156,9 @@ class Session:
             inputs.push_back(v._ortvalue)
             outputs.push_back(v._ortvalue)
         names = [*feeds, *past_names(self.n_layer)]
-        self._session._sess.run_with_ortvaluevector(self._run_options, names, inputs, self._output_names, outputs, self._devices)
+        self._session._sess.run_with_ortvaluevector(
+            self._run_options, names, inputs, self._output_names, outputs, self._devices
+        )
 
     def close(self) -> None:
         """Give the weights' memory back. Later runs raise BundleError."""

@@ -1,0 +1,91 @@
+"""The decoder in plain numpy: slow, without a KV cache, and short enough to be checked by eye.
+
+Every export is compared with it, so that a wrong graph is found where it is made, on a machine without torch. It reads
+the checkpoint's tensors one at a time. Shapes: T tokens, D n_embd, H n_head, K n_kv_head, E head_dim, F n_ff.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+from gptedge.config import ModelConfig, rope_frequencies
+from gptedge.safetensors import FloatArray, Tensor
+
+_erf = np.vectorize(math.erf, otypes=[np.float32])
+
+ACTIVATIONS = {
+    "silu": lambda x: x / (1 + np.exp(-x)),
+    "gelu": lambda x: 0.5 * x * (1 + _erf(x / np.float32(math.sqrt(2)))),
+    "gelu_tanh": lambda x: 0.5 * x * (1 + np.tanh(np.float32(math.sqrt(2 / math.pi)) * (x + 0.044715 * x**3))),
+    "relu2": lambda x: np.maximum(x, 0) ** 2,
+}
+
+
+class Reference:
+    """`logits(ids)` of a model whose tensors have gptedge's names."""
+
+    def __init__(self, config: ModelConfig, weights: Mapping[str, Tensor]) -> None:
+        self.c = config
+        self.w = weights
+
+    def logits(self, ids: list[int]) -> FloatArray:
+        """[T] -> [T, vocab_size]"""
+        x = self.embed(ids)
+        for i in range(self.c.n_layer):
+            x = self.block(x, i)
+        table = "embed.weight" if self.c.tie_embeddings else "head.weight"
+        return self.norm(x, "norm") @ self.w[table].read().T
+
+    def embed(self, ids: list[int]) -> FloatArray:
+        x = np.array(self.w["embed.weight"].read()[ids])
+        if self.c.position == "learned":
+            x += self.w["position.weight"].read()[: len(ids)]
+        return x
+
+    def norm(self, x: FloatArray, name: str) -> FloatArray:
+        if self.c.norm == "layer":
+            x = x - x.mean(-1, keepdims=True)
+        y = x / np.sqrt((x * x).mean(-1, keepdims=True) + np.float32(self.c.norm_eps)) * self.w[f"{name}.weight"].read()
+        return y + self.w[f"{name}.bias"].read() if f"{name}.bias" in self.w else y
+
+    def attention(self, x: FloatArray, i: int) -> FloatArray:
+        c, block, n = self.c, f"blocks.{i}.attn", len(x)
+        q = self.linear(x, f"{block}.q").reshape(n, c.n_head, c.head_dim)
+        k = self.linear(x, f"{block}.k").reshape(n, c.n_kv_head, c.head_dim)
+        v = self.linear(x, f"{block}.v").reshape(n, c.n_kv_head, c.head_dim)
+        if c.qk_norm:
+            q, k = self.norm(q, f"{block}.q_norm"), self.norm(k, f"{block}.k_norm")
+        if c.position == "rope":
+            q, k = self.rotate(q), self.rotate(k)
+        group = c.n_head // c.n_kv_head
+        k, v = np.repeat(k, group, 1), np.repeat(v, group, 1)  # [T, H, E]
+        scores = np.einsum("the,she->hts", q, k) / np.float32(math.sqrt(c.head_dim))
+        scores[:, np.triu(np.ones((n, n), bool), 1)] = -np.inf
+        scores = np.exp(scores - scores.max(-1, keepdims=True))
+        y = np.einsum("hts,she->the", scores / scores.sum(-1, keepdims=True), v)
+        return self.linear(y.reshape(n, -1), f"{block}.o")
+
+    def rotate(self, x: FloatArray) -> FloatArray:
+        """RoPE over the first rope_dim of each head, in two halves."""
+        dim = self.c.rope_dim
+        angles = np.outer(np.arange(len(x), dtype=np.float32), np.array(rope_frequencies(self.c), np.float32))[:, None]
+        cos, sin = np.cos(angles), np.sin(angles)
+        a, b, rest = x[..., : dim // 2], x[..., dim // 2 : dim], x[..., dim:]
+        return np.concatenate([a * cos - b * sin, b * cos + a * sin, rest], -1)
+
+    def mlp(self, x: FloatArray, i: int) -> FloatArray:
+        block, act = f"blocks.{i}.mlp", ACTIVATIONS[self.c.activation]
+        if not self.c.gated:
+            return self.linear(act(self.linear(x, f"{block}.up")), f"{block}.down")
+        return self.linear(act(self.linear(x, f"{block}.gate")) * self.linear(x, f"{block}.up"), f"{block}.down")
+
+    def block(self, x: FloatArray, i: int) -> FloatArray:
+        x = x + self.attention(self.norm(x, f"blocks.{i}.attn_norm"), i)
+        return x + self.mlp(self.norm(x, f"blocks.{i}.mlp_norm"), i)
+
+    def linear(self, x: FloatArray, name: str) -> FloatArray:
+        y = x @ self.w[f"{name}.weight"].read().T
+        return y + self.w[f"{name}.bias"].read() if f"{name}.bias" in self.w else y

@@ -1,0 +1,138 @@
+"""gptedge chat: talk with a model, in a Textual app or line by line."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gptedge.cli.common import Json, Provider, Threads
+from gptedge.config import SamplingParams
+from gptedge.errors import MissingExtraError, UsageError
+
+if TYPE_CHECKING:
+    from gptedge.model import Model
+    from gptedge.tui.plain import Repl
+    from gptedge.tui.store import SavedChat
+
+_D = SamplingParams()
+
+
+def command(
+    bundle: Annotated[
+        Path | None,
+        typer.Argument(metavar="[BUNDLE]", envvar="GPTEDGE_CHAT_BUNDLE", help="A folder made by export or quantize."),
+    ] = None,
+    plain: Annotated[bool, typer.Option("--plain", help="Line by line, without an app; so it is in a pipe.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the last conversation.")] = False,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens of a reply.")] = _D.max_tokens,
+    temperature: Annotated[float, typer.Option(help="0 is greedy decoding.")] = _D.temperature,
+    top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")] = _D.top_k,
+    top_p: Annotated[float, typer.Option(help="Nucleus sampling.")] = _D.top_p,
+    min_p: Annotated[float, typer.Option(help="Least likelihood relative to the likeliest token.")] = _D.min_p,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1 discourages repeating.")] = _D.repetition_penalty,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same text.")] = _D.seed,
+    threads: Threads = None,
+    provider: Provider = None,
+    as_json: Json = False,
+) -> None:
+    """Chat with a model."""
+    params = SamplingParams(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+    )
+    saved = _saved() if resume else None
+    folder = _bundle(bundle, saved)
+    if saved and system is not None:
+        others = [m for m in saved.messages if m["role"] != "system"]
+        saved.messages[:] = [{"role": "system", "content": system}, *others]
+    if plain or as_json or not (sys.stdin.isatty() and sys.stdout.isatty()):
+        _plain(folder, saved, system, params, threads, provider, as_json)
+    else:
+        _app(folder, saved, system, params, threads, provider)
+
+
+def _saved() -> SavedChat:
+    from gptedge.tui.store import chats_folder, latest
+
+    return latest(chats_folder())
+
+
+def _bundle(given: Path | None, saved: SavedChat | None) -> Path:
+    if given is not None:
+        return given
+    if saved is not None and saved.bundle:
+        return Path(saved.bundle)
+    raise UsageError(
+        "there is no bundle to chat with; give its folder, or set GPTEDGE_CHAT_BUNDLE; "
+        "gptedge demo makes one, and so do gptedge pull and gptedge export"
+    )
+
+
+def _app(
+    bundle: Path,
+    saved: SavedChat | None,
+    system: str | None,
+    params: SamplingParams,
+    threads: int | None,
+    provider: str | None,
+) -> None:
+    from gptedge.tui.colours import BackgroundQuery
+
+    query = BackgroundQuery()
+    query.ask()  # the terminal answers while Textual is imported, which takes 0.2 s
+    try:
+        from gptedge.tui.app import run
+    except ModuleNotFoundError as e:
+        query.answer()
+        if (e.name or "").partition(".")[0] != "textual":
+            raise
+        raise MissingExtraError("the chat app needs Textual; install gptedge[tui], or use --plain") from None
+    run(bundle, system=system, params=params, threads=threads, provider=provider, saved=saved, query=query)
+
+
+def _plain(
+    bundle: Path,
+    saved: SavedChat | None,
+    system: str | None,
+    params: SamplingParams,
+    threads: int | None,
+    provider: str | None,
+    as_json: bool,
+) -> None:
+    from gptedge.model import load
+    from gptedge.tui.plain import Repl
+    from gptedge.tui.store import ChatFile, chats_folder
+
+    if sys.stdout.encoding.lower() != "utf-8":
+        sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
+    with load(bundle, threads=threads, provider=provider) as model:
+        chat = model.chat(system=system, params=params)
+        file = None
+        if saved:
+            chat.load_dict({"messages": saved.messages})
+            file = ChatFile(saved.path, bundle, saved.messages)
+        elif sys.stdin.isatty():  # a person's conversation is kept, a pipe's is not
+            file = ChatFile.new(chats_folder(), bundle)
+        repl = Repl(model, chat, file, silent=as_json)
+        repl.run()
+        if as_json:
+            _print_json(bundle, model, repl)
+
+
+def _print_json(bundle: Path, model: Model, repl: Repl) -> None:
+    import json
+
+    replies = [
+        {"finish_reason": r.finish_reason, "usage": vars(r.usage), "timings": vars(r.timings)} for r in repl.results
+    ]
+    value = {"bundle": str(bundle), "recipe": model.bundle.recipe, **repl.chat.to_dict(), "replies": replies}
+    print(json.dumps(value, ensure_ascii=False))

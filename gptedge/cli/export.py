@@ -1,0 +1,42 @@
+"""gptedge export: a checkpoint becomes a bundle that runs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gptedge.cli.common import Force, Json, emit, needs, one_of, progress
+
+
+def command(
+    source: Annotated[
+        Path, typer.Argument(metavar="SOURCE", help="A Hugging Face folder, our own checkpoint, or a .gguf.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The bundle's folder.")],
+    dtype: Annotated[str, typer.Option(help="How weights are stored: fp32 or fp16.")] = "fp32",
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Compare logits and greedy tokens with the source.")
+    ] = True,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Write a checkpoint as an ONNX bundle with KV-cache inputs."""
+    one_of("--dtype", dtype, ("fp32", "fp16"))
+    with needs("export"):
+        from gptedge.export.exporter import export
+    with progress("export") as report:
+        result = export(source, out, dtype=dtype, verify=verify, force=force, report=report)  # type: ignore[arg-type]
+    value = {**asdict(result), "bundle": str(result.bundle)}
+    p = result.parity
+    checked = "not verified" if p is None else (
+        f"verified: {p.greedy_tokens_equal} of {p.greedy_tokens_compared} greedy tokens equal, "
+        f"largest logit difference {p.max_abs_logit_diff:.1e}"
+    )  # fmt: skip
+    emit(
+        value,
+        as_json=as_json,
+        lines=[f"{out}: {result.family}, {result.size_mb:g} MB in {result.seconds:g} s; {checked}"],
+    )

@@ -1,0 +1,74 @@
+"""gptedge train: text becomes a checkpoint that the whole field can open."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gptedge.cli.common import Force, Json, Threads, emit, needs, progress, say
+
+if TYPE_CHECKING:
+    from gptedge.train.trainer import OnStep, StepReport
+
+
+def command(
+    data: Annotated[list[Path], typer.Option(help="Text: files or folders; may be given several times.")],
+    out: Annotated[Path, typer.Option(help="The checkpoint's folder.")],
+    preset: Annotated[str | None, typer.Option(help="nano, micro, small or base (default nano).")] = None,
+    config: Annotated[Path | None, typer.Option(help="Settings in TOML; flags win over it.")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Weight updates to make.")] = None,
+    max_seconds: Annotated[float | None, typer.Option(help="Time to train for.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the first weights and the order of the data.")] = None,
+    save_every: Annotated[int | None, typer.Option(help="Steps between saves that --resume continues from.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in OUT.")] = False,
+    threads: Threads = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Train a GPT from text."""
+    with needs("train"):
+        from gptedge.train.config import TrainConfig
+        from gptedge.train.run import run_training, saved_config
+    flags = {
+        "preset": preset,
+        "max_steps": max_steps,
+        "max_seconds": max_seconds,
+        "seed": seed,
+        "save_every": save_every,
+        "threads": threads,
+    }
+    given = {name: value for name, value in flags.items() if value is not None}
+    if config is not None:
+        settings = TrainConfig.from_toml(config, given)
+    elif resume:
+        settings = saved_config(out, given)
+    else:
+        settings = TrainConfig.from_dict(given, where="the command line")
+    with training_progress() as on_step:
+        result = run_training(data, out, config=settings, resume=resume, force=force, on_step=on_step, on_message=say)
+    value = {**asdict(result), "checkpoint": str(result.checkpoint)}
+    held_out = "" if result.val_loss is None else f", {result.val_loss:.3f} held out"
+    line = f"{out}: {result.parameters:,} parameters, {result.steps} steps, loss {result.loss:.3f}{held_out}"
+    emit(value, as_json=as_json, lines=[line, f"next: gptedge export {out} {out}-onnx"])
+
+
+@contextmanager
+def training_progress() -> Iterator[OnStep]:
+    """A live bar with the loss, or a line now and then where there is no terminal."""
+    held_out = ""
+
+    with progress("train") as report:
+
+        def on_step(s: StepReport) -> None:
+            nonlocal held_out
+            if s.val_loss is not None:
+                held_out = f", held out {s.val_loss:.3f}"
+            note = f"step {s.step}, loss {s.loss:.3f}{held_out}, {s.tokens_per_second:,.0f} tokens/s"
+            report(round(s.elapsed_s), round(s.elapsed_s + s.eta_s), f"s  {note}")
+
+        yield on_step

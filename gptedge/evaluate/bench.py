@@ -1,0 +1,95 @@
+"""How fast a bundle runs on this machine, and how near decoding comes to what its memory allows."""
+
+from __future__ import annotations
+
+import statistics
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gptedge.errors import UsageError
+from gptedge.measure import peak_rss_mb
+from gptedge.runtime.session import Session
+
+_PROBE_BYTES = 1 << 28  # far more than any cache holds
+
+
+@dataclass(frozen=True)
+class Bench:
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+    ttft_ms: float
+    load_ms: float
+    peak_rss_mb: float
+    roofline: dict[str, float]
+    """memory_gb_per_s: measured read bandwidth; decode_fraction: of the tokens/s that it allows."""
+    threads: int
+    provider: str
+
+    def as_json(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+def bench(session: Session, *, load_ms: float, prompt_tokens: int, new_tokens: int, repeat: int) -> Bench:
+    """Medians of `repeat` runs of a random prompt and greedy decoding that does not stop early."""
+    if min(prompt_tokens, new_tokens, repeat) < 1:
+        raise UsageError("prompt tokens, new tokens and repeats must be at least 1")
+    session.check_fits(prompt_tokens + new_tokens)
+    prompt = [int(i) for i in np.random.default_rng(0).integers(0, session.vocab_size, prompt_tokens)]
+    session.prefill(prompt[:16], session.new_cache())  # the first run also sets buffers up
+    runs = [_run(session, prompt, new_tokens) for _ in range(repeat)]
+    prefill_s, decode_s = (statistics.median(run[i] for run in runs) for i in (0, 1))
+    decode = new_tokens / decode_s
+    bandwidth = memory_bandwidth(session.threads)
+    kv_bytes = session.new_cache().bytes_per_token * (prompt_tokens + new_tokens / 2)
+    return Bench(
+        prefill_tokens_per_s=round(prompt_tokens / prefill_s, 2),
+        decode_tokens_per_s=round(decode, 2),
+        ttft_ms=round(prefill_s * 1000, 2),
+        load_ms=load_ms,
+        peak_rss_mb=peak_rss_mb(),
+        roofline={
+            "memory_gb_per_s": round(bandwidth / 1e9, 2),
+            "decode_fraction": round(decode * (session.bundle.size_bytes + kv_bytes) / bandwidth, 4),
+        },
+        threads=session.threads,
+        provider=session.provider,
+    )
+
+
+def decode_speed(session: Session, *, prompt_tokens: int = 32, new_tokens: int = 48) -> float:
+    """Greedy tokens per second after a short prompt, the better of two runs."""
+    room = session.context_length - 1
+    prompt = [i % session.vocab_size for i in range(min(prompt_tokens, room // 2))]
+    count = min(new_tokens, room - len(prompt))
+    return round(count / min(_run(session, prompt, count)[1] for _ in range(2)), 2)
+
+
+def _run(session: Session, prompt: list[int], new_tokens: int) -> tuple[float, float]:
+    """Seconds to the first token, and for `new_tokens` steps after it."""
+    cache = session.new_cache()
+    start = time.perf_counter()
+    logits = session.prefill(prompt, cache, stop=threading.Event())
+    assert logits is not None
+    first = time.perf_counter()
+    for _ in range(new_tokens):
+        logits = session.run([int(logits.argmax())], cache)[0]
+    return first - start, time.perf_counter() - first
+
+
+def memory_bandwidth(threads: int) -> float:
+    """Bytes per second that `threads` cores read together, best of five passes over a buffer larger than any cache."""
+    buffer = np.ones(_PROBE_BYTES // 4, np.float32)
+    parts = np.array_split(buffer, threads)
+    with ThreadPoolExecutor(threads) as pool:
+
+        def once() -> float:
+            start = time.perf_counter()
+            list(pool.map(np.max, parts))
+            return time.perf_counter() - start
+
+        return _PROBE_BYTES / min(once() for _ in range(5))

@@ -1,0 +1,141 @@
+"""Rounding weights to blocks of integers: the scale and zero point of each block that lose least, and the integers.
+
+Data-free: a column's error counts by an importance that the caller knows from the weights alone (see `quantizer`). The
+bytes are laid out as onnxruntime's MatMulNBits reads them (contrib operators, com.microsoft.MatMulNBits).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gptedge.quantize.recipes import Scheme
+
+FloatArray = npt.NDArray[np.float32]
+ByteArray = npt.NDArray[np.uint8]
+
+_SMALLEST_SHRINK = 0.75  # of a block's range; narrower ones never won in the search
+_TINY = np.float32(np.finfo(np.float16).tiny)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A quantized matrix of N rows: integers [N, blocks, block_size * bits / 8], scales float16 [N, blocks], zero points."""
+
+    packed: ByteArray
+    scales: npt.NDArray[np.float16]
+    zero_points: ByteArray | None
+    """Packed like the integers, [N, ceil(blocks * bits / 8)]; None when symmetric."""
+
+
+def quantize_rows(weight: FloatArray, scheme: Scheme, importance: FloatArray | None = None) -> Blocks:
+    """Quantize [N, K]; `importance` [K] weighs each column's squared error. K need not be a multiple of the block."""
+    blocks = _in_blocks(weight, scheme.block_size)
+    weights = None if importance is None else _in_blocks(importance[None], scheme.block_size)
+    scale, zero = _search(blocks, scheme, weights)
+    integers = _round(blocks, scale, zero, scheme)
+    zero_points = None if scheme.symmetric else pack(zero.astype(np.uint8), scheme.bits)
+    return Blocks(pack(integers, scheme.bits), scale.astype(np.float16), zero_points)
+
+
+def dequantize(blocks: Blocks, scheme: Scheme, width: int) -> FloatArray:
+    """The [N, width] matrix that the kernels compute with."""
+    integers = unpack(blocks.packed, scheme.bits).astype(np.float32)
+    if blocks.zero_points is None:
+        zero: Any = np.float32(2 ** (scheme.bits - 1))
+    else:
+        zero = unpack(blocks.zero_points, scheme.bits)[:, : integers.shape[1], None].astype(np.float32)
+    values = (integers - zero) * blocks.scales.astype(np.float32)[..., None]
+    return values.reshape(len(values), -1)[:, :width]
+
+
+def pack(integers: ByteArray, bits: int) -> ByteArray:
+    """Pack along the last axis; of two 4-bit values the first takes the low half. An odd last one gets an empty half."""
+    if bits == 8:
+        return integers
+    if integers.shape[-1] % 2:
+        integers = np.concatenate([integers, np.zeros((*integers.shape[:-1], 1), np.uint8)], -1)
+    return integers[..., 0::2] | (integers[..., 1::2] << 4)
+
+
+def unpack(packed: ByteArray, bits: int) -> ByteArray:
+    """What `pack` packed, empty half included."""
+    if bits == 8:
+        return packed
+    return np.stack([packed & 15, packed >> 4], -1).reshape(*packed.shape[:-1], -1)
+
+
+def _in_blocks(rows: FloatArray, block_size: int) -> FloatArray:
+    """[N, K] -> [N, blocks, block_size], the last block filled up with zeros."""
+    n, width = rows.shape
+    missing = -width % block_size
+    if missing:
+        rows = np.concatenate([rows, np.zeros((n, missing), np.float32)], 1)
+    return rows.reshape(n, -1, block_size)
+
+
+def _round(blocks: FloatArray, scale: FloatArray, zero: FloatArray, scheme: Scheme) -> ByteArray:
+    integers = np.rint(blocks / scale[..., None])
+    integers += zero[..., None]
+    return np.clip(integers, 0, 2**scheme.bits - 1, out=integers).astype(np.uint8)
+
+
+def _search(blocks: FloatArray, scheme: Scheme, importance: FloatArray | None) -> tuple[FloatArray, FloatArray]:
+    """Per block the scale (representable in float16) and zero point with the least squared error, float32 [N, blocks]."""
+    candidates = _symmetric_candidates if scheme.symmetric else _asymmetric_candidates
+    best_scale = best_zero = best_error = None
+    for scale, zero in candidates(blocks, scheme):
+        scale = _storable(scale)
+        error = _error(blocks, scale, zero, scheme, importance)
+        if best_error is None:
+            best_scale, best_zero, best_error = scale, zero, error
+            continue
+        better = error < best_error
+        np.copyto(best_scale, scale, where=better)
+        np.copyto(best_zero, zero, where=better)
+        np.copyto(best_error, error, where=better)
+    assert best_scale is not None
+    assert best_zero is not None
+    return best_scale, best_zero
+
+
+def _shrinks(steps: int) -> list[np.float32]:
+    return [np.float32(s) for s in np.linspace(1.0, _SMALLEST_SHRINK, steps)] if steps > 1 else [np.float32(1)]
+
+
+def _symmetric_candidates(blocks: FloatArray, scheme: Scheme) -> Any:
+    half = 2 ** (scheme.bits - 1)
+    largest = np.abs(blocks).max(-1)
+    zero = np.full_like(largest, half)
+    for shrink in _shrinks(scheme.steps):
+        yield largest * (shrink / (half - 1)), zero.copy()
+
+
+def _asymmetric_candidates(blocks: FloatArray, scheme: Scheme) -> Any:
+    """Ranges that include zero, each end shrunk alone and both together."""
+    top = 2**scheme.bits - 1
+    low, high = np.minimum(blocks.min(-1), 0), np.maximum(blocks.max(-1), 0)
+    for shrink in _shrinks(scheme.steps):
+        for a, b in {(shrink, shrink), (shrink, np.float32(1)), (np.float32(1), shrink)}:
+            scale = _storable((high * b - low * a) / top)
+            yield scale, np.clip(np.rint(-low * a / scale), 0, top)
+
+
+def _storable(scale: FloatArray) -> FloatArray:
+    """As float16 will hold it; never zero, so that a block of zeros has a scale."""
+    return np.maximum(scale.astype(np.float16).astype(np.float32), _TINY)
+
+
+def _error(
+    blocks: FloatArray, scale: FloatArray, zero: FloatArray, scheme: Scheme, importance: FloatArray | None
+) -> FloatArray:
+    """Weighted squared error of each block, [N, blocks]."""
+    scaled = blocks / scale[..., None]
+    scaled -= np.clip(np.rint(scaled), -zero[..., None], 2**scheme.bits - 1 - zero[..., None])
+    np.square(scaled, out=scaled)
+    if importance is not None:
+        scaled *= importance
+    return scaled.sum(-1) * np.square(scale)
