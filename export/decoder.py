@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 import onnx
+from gptedge.export.graph import Graph
 
 from gptedge.config import ModelConfig, rope_frequencies
-from gptedge.export.graph import Graph
 from gptedge.graph_io import (
     ATTENTION_MASK,
     FIRST_LOGIT,
@@ -116,7 +116,7 @@ class _Decoder:
         return self.linear(self.g.op("Mul", self.activation(gate, block), up, name=f"{block}.gated"), f"{block}.down")
 
     def block(self, x: str, normed: str, i: int) -> tuple[str, str]:
-        """One layer; the norm after it is the next layer's first, or the last of all. Returns (residual stream, its norm)."""
+        """One layer, and the norm after it: the next layer's first, or the last of all. (residual stream, its norm)"""
         x, normed = self.add_norm(x, self.attention(normed, i), f"blocks.{i}.mlp_norm")
         last = i + 1 == self.c.n_layer
         return self.add_norm(x, self.mlp(normed, i), "norm" if last else f"blocks.{i + 1}.attn_norm")
@@ -163,7 +163,7 @@ class _Decoder:
         return self.g.op("Add", y, bias, name=f"{name}.biased")
 
     def weight(self, name: str, *parts: str) -> str:
-        """A weight by name, or several with their rows stacked. onnxruntime widens stored float16 once, when it loads."""
+        """A weight by name, or several with their rows stacked. Stored float16 is widened once, at load."""
         parts = parts or (name,)
         if not self.half or len(self.w[parts[0]].shape) < 2:
             return self.g.weight(name, (self.w[part].read() for part in parts))
@@ -182,7 +182,7 @@ class _Decoder:
         return self.g.op(kind, x, name=name, **attributes)
 
     def query_key_value(self, x: str, block: str) -> tuple[str, str, str]:
-        """One product for all three; GroupQueryAttention takes them packed in q, unless the heads are normalised first."""
+        """One product for all three, which GroupQueryAttention takes packed, unless heads are normalised first."""
         qkv = self.linear(x, f"{block}.qkv", f"{block}.q", f"{block}.k", f"{block}.v")
         if not self.c.qk_norm:
             return qkv, "", ""
@@ -217,10 +217,9 @@ class _Decoder:
     def rotary_tables(self) -> tuple[str, str]:
         """cos and sin of position x frequency, [context_length, rope_dim / 2]; onnxruntime folds them when it loads."""
         g = self.g
-        positions = g.op(
-            "Range", g.constant("rope.start", 0.0, np.float32), g.constant("rope.end", self.c.context_length, np.float32),
-            g.constant("rope.step", 1.0, np.float32), name="rope.positions",
-        )  # fmt: skip
+        bounds = {"start": 0.0, "end": self.c.context_length, "step": 1.0}
+        limits = [g.constant(f"rope.{name}", value, np.float32) for name, value in bounds.items()]
+        positions = g.op("Range", *limits, name="rope.positions")
         column = g.op("Unsqueeze", positions, g.constant("rope.axis", [1]), name="rope.column")
         angles = g.op(
             "Mul", column, g.constant("rope.frequencies", rope_frequencies(self.c), np.float32), name="rope.angles"

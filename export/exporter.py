@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from gptedge.bundle import GENAI_CONFIG, GRAPH, GRAPH_DATA, open_bundle, write_manifest
-from gptedge.checkpoint import CONFIG, GENERATION_CONFIG, TOKENIZER, Checkpoint
-from gptedge.errors import CheckpointError
 from gptedge.export import parity as parity_check
 from gptedge.export.decoder import Report, build, silent
 from gptedge.export.genai import genai_config
 from gptedge.export.reference import Reference
 from gptedge.export.sources import open_source
+
+from gptedge.bundle import GENAI_CONFIG, GRAPH, GRAPH_DATA, open_bundle, write_manifest
+from gptedge.checkpoint import CONFIG, GENERATION_CONFIG, TOKENIZER, Checkpoint
+from gptedge.config import ModelConfig
+from gptedge.errors import CheckpointError, UnsupportedModelError
 from gptedge.files import check_destination, new_folder, write_json
 from gptedge.measure import peak_rss_mb
 from gptedge.onnx_file import WeightFile, save_graph
@@ -24,6 +25,7 @@ from gptedge.runtime.session import Session
 from gptedge.tokenizer import Tokenizer
 
 DType = Literal["fp32", "fp16"]
+_HEAD_MULTIPLE = 16
 PACKAGES = ("onnx",)
 """What a bundle's bytes depend on, besides gptedge."""
 
@@ -51,13 +53,14 @@ def export(
 ) -> ExportResult:
     """Write the bundle `out` from the checkpoint `source`.
 
-    Raises CheckpointError, UnsupportedModelError, OutputExistsError, or ParityError when the graph does not compute what
-    the checkpoint computes; then nothing is written.
+    Raises CheckpointError, UnsupportedModelError, OutputExistsError, or ParityError when the graph does not compute
+    what the checkpoint computes; then nothing is written.
     """
     start = time.perf_counter()
     check_destination(out, force=force)
     checkpoint = open_source(Path(source))
     config, weights = checkpoint.config, checkpoint.weights()
+    _check_kernels(config)
     _check_tokenizer(checkpoint, config.vocab_size)
     with new_folder(Path(out), force=force) as folder:
         _write_side_files(checkpoint, folder)
@@ -93,6 +96,15 @@ def token_ids(checkpoint: Checkpoint) -> dict[str, Any]:
     stated = json.loads(checkpoint.side_files.get(GENERATION_CONFIG, b"{}"))
     keys = ("bos_token_id", "eos_token_id", "pad_token_id")
     return {key: stated.get(key, checkpoint.hf_config.get(key)) for key in keys}
+
+
+def _check_kernels(config: ModelConfig) -> None:
+    """Refuse what onnxruntime's attention would refuse at the first token."""
+    if config.position == "rope" and config.head_dim % _HEAD_MULTIPLE:
+        raise UnsupportedModelError(
+            f"head_dim {config.head_dim} is not a multiple of {_HEAD_MULTIPLE}, which rotary embeddings in "
+            "onnxruntime's GroupQueryAttention need"
+        )
 
 
 def _check_tokenizer(checkpoint: Checkpoint, vocab_size: int) -> None:

@@ -54,8 +54,8 @@ def check(parity: Parity, dtype: str) -> None:
     # Written so that a NaN fails.
     if not parity.relative_logit_diff <= bound:
         raise ParityError(
-            f"the exported graph's logits differ from the source's by {parity.relative_logit_diff:.2g} of their spread; "
-            f"the bound is {bound:g}"
+            f"the exported graph's logits differ from the source's by {parity.relative_logit_diff:.2g} "
+            f"of their spread; the bound is {bound:g}"
         )
     if dtype == "fp32" and parity.greedy_tokens_equal < parity.greedy_tokens_compared:
         raise ParityError(

@@ -17,7 +17,7 @@ from gptedge.runtime.generate import Chunk, Result, Stream
 
 
 class AsyncStream:
-    """A `Stream` whose chunks are awaited. Leaving the `async with` block, or cancelling the task, cancels the reply."""
+    """A `Stream` whose chunks are awaited. Leaving the `async with` block, or cancelling the task, cancels it."""
 
     def __init__(self, make: Callable[[], Stream]) -> None:
         self._make = make
@@ -35,9 +35,13 @@ class AsyncStream:
             await asyncio.shield(asyncio.to_thread(self._stream.close))
 
     async def __aiter__(self) -> AsyncIterator[Chunk]:
-        async with self:
-            while (chunk := await asyncio.to_thread(next, self._open, None)) is not None:
-                yield chunk
+        if self._stream is None:
+            async with self:
+                async for chunk in self:
+                    yield chunk
+            return
+        while (chunk := await asyncio.to_thread(next, self._stream, None)) is not None:
+            yield chunk
 
     def cancel(self) -> None:
         """Stop after the token that is being computed."""

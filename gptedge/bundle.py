@@ -3,7 +3,8 @@
     model.onnx  model.onnx.data  tokenizer.json  tokenizer_config.json  config.json  generation_config.json
     chat_template.jinja (where there is one)  genai_config.json (for onnxruntime-genai)  manifest.json
 
-Reading needs only the standard library. Folders without a manifest (made by other programs) open too; they cannot be verified.
+Reading needs only the standard library. Folders without a manifest (made by other programs) open too; they cannot be
+verified.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class Bundle:
 
 
 def open_bundle(folder: Path) -> Bundle:
-    """Open a bundle and check that its manifest's files are there with the sizes it gives (`verify` checks their bytes)."""
+    """Open a bundle whose files are there with the sizes that its manifest gives (`verify` checks their bytes)."""
     folder = Path(folder)
     if not folder.is_dir():
         raise BundleError(f"bundle {folder} does not exist" if not folder.exists() else f"{folder} is not a folder")
@@ -78,7 +79,10 @@ def verify(bundle: Bundle, *, names: Iterable[str] | None = None) -> None:
     files = bundle.manifest["files"]
     for name in files if names is None else names:
         if sha256(bundle.path / name) != files[name]["sha256"]:
-            raise BundleError(f"{bundle.path / name} is not the file that {MANIFEST} describes (sha256 differs); make the bundle again")
+            raise BundleError(
+                f"{bundle.path / name} is not the file that {MANIFEST} describes (sha256 differs); "
+                "make the bundle again"
+            )
 
 
 def write_manifest(folder: Path, *, family: str, recipe: str, packages: Iterable[str], **facts: Any) -> dict[str, Any]:

@@ -36,7 +36,11 @@ class ChatTemplate:
         try:
             return str(
                 self._compiled.render(
-                    messages=list(messages), add_generation_prompt=add_generation_prompt, tools=None, documents=None, **self._variables
+                    messages=list(messages),
+                    add_generation_prompt=add_generation_prompt,
+                    tools=None,
+                    documents=None,
+                    **self._variables,
                 )
             )
         except jinja2.TemplateError as e:
@@ -47,7 +51,9 @@ class ChatTemplate:
         import jinja2
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
         environment.filters["tojson"] = _to_json
         environment.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
         try:
@@ -67,7 +73,9 @@ def load_chat_template(folder: Path) -> ChatTemplate:
         source = config.get("chat_template")
     if isinstance(source, list):  # several named ones
         source = {entry["name"]: entry["template"] for entry in source}.get("default")
-    variables = {key: _token_text(config[key]) for key in ("bos_token", "eos_token", "pad_token", "unk_token") if config.get(key)}
+    variables = {
+        key: _token_text(config[key]) for key in ("bos_token", "eos_token", "pad_token", "unk_token") if config.get(key)
+    }
     return ChatTemplate(source, variables)
 
 

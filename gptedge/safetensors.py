@@ -1,8 +1,8 @@
 """The safetensors file format, read through a memory map and written as a stream, in numpy alone.
 
-Format (huggingface/safetensors, README): 8 bytes little-endian N, N bytes of JSON that map each name to `dtype`, `shape`
-and `data_offsets`, then the tensors' bytes. The reference implementation is Rust; this one is not. Floating kinds are
-read as float32; the file stays mapped, so a tensor that is float32 already costs no copy.
+Format (huggingface/safetensors, README): 8 bytes little-endian N, N bytes of JSON that map each name to `dtype`,
+`shape` and `data_offsets`, then the tensors' bytes. The reference implementation is Rust; this one is not. Floating
+kinds are read as float32; the file stays mapped, so a tensor that is float32 already costs no copy.
 """
 
 from __future__ import annotations

@@ -6,18 +6,18 @@ also the output projection is stored once, for both operators read the same byte
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import onnx
+from gptedge.quantize.recipes import Recipe, Scheme
 from onnx import NodeProto, TensorProto, helper
 
 from gptedge.onnx_file import MICROSOFT
-from gptedge.quantize.recipes import Recipe, Scheme
 
 ACCURACY_LEVEL = 4
-"""MatMulNBits computes with 8-bit activations (its level 4); at 8 bits, lower levels would widen the weights at each call."""
+"""MatMulNBits with 8-bit activations; at lower levels, 8-bit weights would be widened at each call."""
 
 
 @dataclass(frozen=True)
@@ -78,37 +78,39 @@ def rewrite(
     """Rewrite in place. `store` quantizes one target and gives its initializers by role (packed, scales, zero_points);
     `keep` copies an initializer that stays as it is."""
     graph = model.graph
-    by_node = {node: t for t in targets for node in (*t.products, *t.lookups)}
     quantized = {t.weight for t in targets}
-    initializers: list[TensorProto] = []
+    initializers = [keep(tensor) for tensor in graph.initializer if tensor.name not in quantized]
     roles: dict[str, dict[str, str]] = {}
-    for tensor in graph.initializer:
-        if tensor.name not in quantized:
-            initializers.append(keep(tensor))
     for target in targets:
         made = store(target)
         initializers += made.values()
         roles[target.weight] = {role: tensor.name for role, tensor in made.items()}
-    nodes: list[NodeProto] = []
-    widened: set[str] = set()
-    for node in graph.node:
-        if node.op_type == "Cast" and node.input[0] in quantized:
-            continue
-        target = by_node.get(node.name)
-        if target is None:
-            nodes.append(node)
-            continue
-        if target.weight not in widened:
-            widened.add(target.weight)
-            nodes.append(_widen_scales(target, roles[target.weight]))
-        nodes += (
-            _lookup(node, target, roles[target.weight])
-            if node.name in target.lookups
-            else [_product(node, target, roles[target.weight])]
-        )
+    nodes = list(_rewritten(graph.node, targets, roles))
     del graph.node[:], graph.initializer[:]
     graph.node.extend(nodes)
     graph.initializer.extend([*initializers, *_shape_constants(targets)])
+
+
+def _rewritten(
+    nodes: Iterable[NodeProto], targets: list[Target], roles: dict[str, dict[str, str]]
+) -> Iterator[NodeProto]:
+    """The nodes in their order, those of `targets` replaced; a weight's scales are widened before its first use."""
+    by_node = {node: t for t in targets for node in (*t.products, *t.lookups)}
+    widened: set[str] = set()
+    for node in nodes:
+        target = by_node.get(node.name)
+        if node.op_type == "Cast" and node.input[0] in roles:
+            continue  # it widened the float16 weight that is no more
+        if target is None:
+            yield node
+            continue
+        if target.weight not in widened:
+            widened.add(target.weight)
+            yield _widen_scales(target, roles[target.weight])
+        if node.name in target.lookups:
+            yield from _lookup(node, target, roles[target.weight])
+        else:
+            yield _product(node, target, roles[target.weight])
 
 
 def _widen_scales(target: Target, roles: dict[str, str]) -> NodeProto:
@@ -138,8 +140,7 @@ def _lookup(node: NodeProto, target: Target, roles: dict[str, str]) -> Iterator[
     scales, blocks = f"{name}.scales", f"{name}.blocks"
     yield helper.make_node("Reshape", [f"{weight}.scales.float", f"{weight}.scales.shape"], [scales], name=scales)
     inputs = [roles["packed"], node.input[1], scales]
-    if roles.get("zero_points"):
-        raise AssertionError("a table with zero points needs them unpacked; tables are symmetric")
+    assert "zero_points" not in roles, "the two operators lay zero points out differently: tables are symmetric"
     yield helper.make_node(
         "GatherBlockQuantized",
         inputs,

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-
 from gptedge.quantize.recipes import Scheme
 
 FloatArray = npt.NDArray[np.float32]
@@ -23,7 +22,7 @@ _TINY = np.float32(np.finfo(np.float16).tiny)
 
 @dataclass(frozen=True)
 class Blocks:
-    """A quantized matrix of N rows: integers [N, blocks, block_size * bits / 8], scales float16 [N, blocks], zero points."""
+    """A quantized matrix of N rows: integers [N, blocks, bytes of a block], scales float16 [N, blocks], zero points."""
 
     packed: ByteArray
     scales: npt.NDArray[np.float16]
@@ -53,7 +52,7 @@ def dequantize(blocks: Blocks, scheme: Scheme, width: int) -> FloatArray:
 
 
 def pack(integers: ByteArray, bits: int) -> ByteArray:
-    """Pack along the last axis; of two 4-bit values the first takes the low half. An odd last one gets an empty half."""
+    """Pack along the last axis; of two 4-bit values the first takes the low half, an odd last one is alone."""
     if bits == 8:
         return integers
     if integers.shape[-1] % 2:
@@ -84,7 +83,7 @@ def _round(blocks: FloatArray, scale: FloatArray, zero: FloatArray, scheme: Sche
 
 
 def _search(blocks: FloatArray, scheme: Scheme, importance: FloatArray | None) -> tuple[FloatArray, FloatArray]:
-    """Per block the scale (representable in float16) and zero point with the least squared error, float32 [N, blocks]."""
+    """Per block the scale (as float16 holds it) and zero point of least squared error, float32 [N, blocks]."""
     candidates = _symmetric_candidates if scheme.symmetric else _asymmetric_candidates
     best_scale = best_zero = best_error = None
     for scale, zero in candidates(blocks, scheme):

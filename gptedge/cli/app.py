@@ -1,7 +1,7 @@
 """The command `gptedge`: its verbs, where their defaults come from, and what becomes of errors.
 
-A setting comes from the flag, else from GPTEDGE_<VERB>_<OPTION> in the environment, else from a TOML file with a table for
-each verb ($GPTEDGE_CONFIG, ./gptedge.toml, or config.toml in the user's gptedge folder), else from its own default.
+A setting comes from the flag, else from GPTEDGE_<VERB>_<OPTION> in the environment, else from a TOML file with a table
+for each verb ($GPTEDGE_CONFIG, ./gptedge.toml, or ~/.config/gptedge/config.toml), else from its own default.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import os
 import signal
 import sys
 import traceback
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
-import click
 import typer
 
 from gptedge.cli.common import nearest
@@ -23,25 +23,27 @@ from gptedge.errors import EXIT_INTERRUPTED, GptEdgeError, UsageError
 
 # Each is a file in this folder with a function `command`; in the order of the help page.
 VERBS = (
-    "train", "pull", "export", "quantize", "eval", "bench", "generate", "chat", "serve", "inspect", "verify", "doctor", "demo",
+    "train", "pull", "export", "quantize", "eval", "bench", "generate",
+    "chat", "serve", "inspect", "verify", "doctor", "demo",
 )  # fmt: skip
-_EXTRA_ARGUMENTS = {"ignore_unknown_options": False, "help_option_names": ["-h", "--help"]}
+# What typer's parser raises. Some versions of typer bring their own copy of click, so it is found through typer.
+_CommandLineError: Any = typer.BadParameter.__mro__[2]
+_CONTEXT = {"help_option_names": ["-h", "--help"]}
 
 
-def build() -> click.Command:
+def build() -> Any:
     """The whole command, verbs included."""
     app = typer.Typer(
         help="Train, export, quantize and chat with small GPTs, through ONNX Runtime and without Rust.",
         add_completion=False,
-        no_args_is_help=True,
         rich_markup_mode=None,  # plain help pages: rich would cost every start 60 ms
         pretty_exceptions_enable=False,
-        context_settings=_EXTRA_ARGUMENTS,
+        context_settings=_CONTEXT,
     )
     app.callback()(_root)
     for verb in VERBS:
         module = import_module(f"gptedge.cli.{_FILES.get(verb, verb)}")
-        app.command(verb, context_settings=_EXTRA_ARGUMENTS)(module.command)
+        app.command(verb, context_settings=_CONTEXT)(module.command)
     return typer.main.get_command(app)
 
 
@@ -65,8 +67,8 @@ def main(arguments: list[str] | None = None) -> int:
     debug = "--debug" in arguments or bool(os.environ.get("GPTEDGE_DEBUG"))
     arguments = [a for a in arguments if a != "--debug"]
     wants_json = "--json" in arguments
-    if arguments == ["--version"]:
-        arguments = ["--version", "doctor"]
+    if not arguments or arguments == ["--version"]:
+        arguments = [*arguments, "doctor"] if arguments else ["--help"]
     _end_like_an_interrupt(signal.SIGTERM)
     try:
         result = build().main(
@@ -78,16 +80,13 @@ def main(arguments: list[str] | None = None) -> int:
         )
         sys.stdout.flush()
         return result if isinstance(result, int) else 0
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted", EXIT_INTERRUPTED, wants_json)
     except BrokenPipeError:  # the reader of our output has gone, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except click.exceptions.NoArgsIsHelpError as e:
-        print(e.format_message())
-        return 2
-    except click.ClickException as e:
-        return _fail(e.format_message().replace("\n", " "), 2, wants_json)
+    except _CommandLineError as e:
+        return _fail(e.format_message(), UsageError.exit_code, wants_json)
     except GptEdgeError as e:
         if debug:
             traceback.print_exc()
@@ -123,10 +122,8 @@ def _end_like_an_interrupt(number: int) -> None:
     def interrupt(*_: object) -> NoReturn:
         raise KeyboardInterrupt
 
-    try:
+    with suppress(ValueError):  # not the main thread: an embedding program keeps its own handlers
         signal.signal(number, interrupt)
-    except ValueError:  # not the main thread: an embedding program keeps its own handlers
-        pass
 
 
 def _config_file() -> dict[str, Any] | None:

@@ -33,6 +33,7 @@ def command(
         f"prefill {result.prefill_tokens_per_s:g} tokens/s, first token after {result.ttft_ms:g} ms",
         f"decode  {result.decode_tokens_per_s:g} tokens/s, {result.roofline['decode_fraction']:.0%} of what "
         f"{result.roofline['memory_gb_per_s']:g} GB/s of memory allow",
-        f"load    {result.load_ms:g} ms, peak memory {result.peak_rss_mb:g} MB, {result.threads} threads, {result.provider}",
+        f"load    {result.load_ms:g} ms, peak memory {result.peak_rss_mb:g} MB",
+        f"on      {result.threads} threads, {result.provider}",
     ]
     emit(result.as_json(), as_json=as_json, lines=lines)

@@ -72,7 +72,8 @@ def _lines(facts: dict[str, Any]) -> list[str]:
     if "kl_divergence" in facts:
         low, high = facts["ppl_increase_interval"]
         lines += [
-            f"reference  {facts['reference_perplexity']:.3f}, change {facts['ppl_increase']:+.2%} (95%: {low:+.2%} to {high:+.2%})",
+            f"reference  {facts['reference_perplexity']:.3f}",
+            f"change     {facts['ppl_increase']:+.2%} (95%: {low:+.2%} to {high:+.2%})",
             "KL         " + ", ".join(f"{name} {value:.4g}" for name, value in facts["kl_divergence"].items()),
             f"same top-1 {facts['top1_agreement']:.1%}",
         ]

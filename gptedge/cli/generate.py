@@ -14,7 +14,6 @@ from gptedge.errors import UsageError
 from gptedge.text import decode_utf8
 
 if TYPE_CHECKING:
-    from gptedge.model import Model
     from gptedge.runtime.generate import Stream
 
 _D = SamplingParams()

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from gptedge.cli.common import Force, Json, emit, progress
+from gptedge.cli.common import Json, emit, progress
 
 
 def command(

@@ -2,8 +2,8 @@
 
 The text is cut into windows; each is run from an empty cache, and the positions of its second half count, so that every
 counted token has at least half a window of context. Windows stream: memory does not grow with the text.
-Kullback-Leibler divergence is of the reference's distribution from the bundle's, in nats, as llama.cpp's perplexity tool
-has it. Says nothing of what generated text is worth to a reader.
+Kullback-Leibler divergence is of the reference's distribution from the bundle's, in nats, as llama.cpp's perplexity
+tool has it. Says nothing of what generated text is worth to a reader.
 """
 
 from __future__ import annotations

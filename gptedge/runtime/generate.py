@@ -173,7 +173,7 @@ def chunks(
 class Stream:
     """A reply under way. Iterate over its chunks; `cancel()` from any thread ends it with what has come so far.
 
-    As a context manager it is cancelled on leaving, should it still run. `result` is there once the iteration has ended.
+    As a context manager it is cancelled on leaving, should it still run. `result` is there once iteration has ended.
     """
 
     def __init__(

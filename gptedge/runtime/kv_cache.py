@@ -61,7 +61,7 @@ class KVCache:
 
     def copy(self) -> KVCache:
         """An independent cache of the same tokens."""
-        batch, heads, width = self._shape
+        _, heads, width = self._shape
         twin = KVCache(self._ort, n_layer=self._n_buffers // 2, n_kv_head=heads, head_dim=width, dtype=self._dtype)
         twin.ids = list(self.ids)
         twin.capacity, twin.buffers = self.capacity, list(self.buffers)

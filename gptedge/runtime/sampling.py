@@ -38,10 +38,7 @@ class Sampler:
         """The next token's id, from logits [vocab_size]."""
         p = self._params
         logits = self._penalise(logits)
-        if p.temperature == 0:
-            chosen = int(logits.argmax())
-        else:
-            chosen = self._draw(logits / np.float32(p.temperature))
+        chosen = int(logits.argmax()) if p.temperature == 0 else self._draw(logits / np.float32(p.temperature))
         self._seen[chosen] = True
         self._counts[chosen] += 1
         return chosen

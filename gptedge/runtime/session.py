@@ -80,7 +80,8 @@ class Session:
         missing += [n for n in (LOGITS, *present_names(self.n_layer)) if n not in outputs]
         if missing or not self.n_layer:
             raise BundleError(
-                f"{self.bundle.path / GRAPH} is not a decoder with a KV cache: it lacks {missing[0] if missing else past_key(0)}"
+                f"{self.bundle.path / GRAPH} is not a decoder with a KV cache: "
+                f"it lacks {missing[0] if missing else past_key(0)}"
             )
         past = inputs[past_key(0)]
         self.n_kv_head, self.head_dim = int(past.shape[1]), int(past.shape[3])
@@ -110,7 +111,7 @@ class Session:
             )
 
     def prefill(self, ids: Sequence[int], cache: KVCache, *, stop: threading.Event | None = None) -> Logits | None:
-        """Run a prompt in chunks. Logits of the last token, float32 [vocab_size]; None when `stop` was set between chunks."""
+        """Run a prompt in chunks. The last token's logits, float32 [vocab_size]; None when `stop` was set meanwhile."""
         logits = None
         for start in range(0, len(ids), PREFILL_CHUNK):
             if stop is not None and stop.is_set():
@@ -119,7 +120,7 @@ class Session:
         return logits
 
     def run(self, ids: Sequence[int], cache: KVCache, *, every_row: bool = False) -> Logits:
-        """Append `ids` to `cache`. Logits, float32 [1, vocab_size] of the last token, or [len(ids), vocab_size] of every one."""
+        """Append `ids` to `cache`. Logits of the last, float32 [1, vocab_size], or of every one, [T, vocab_size]."""
         if not len(ids):
             raise UsageError("there are no tokens to run")
         past, total = len(cache), len(cache) + len(ids)

@@ -1,0 +1,398 @@
+"""The command as a user meets it: output, JSON, exit codes, and one clear line for every kind of bad input."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from gptedge.cli import main
+from gptedge.cli.gates import judge, requested
+from gptedge.errors import GateFailed, UsageError
+from tests.conftest import TEXT
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of one command."""
+    code = main([str(a) for a in arguments])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def run_json(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict:
+    code, out, err = run(capsys, *arguments, "--json")
+    assert code == 0, err
+    assert len(out.splitlines()) == 1
+    return json.loads(out)
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+# ---- what works ----------------------------------------------------------------------------------------------------
+
+
+def test_export_json(capsys: pytest.CaptureFixture[str], tiny_checkpoint: Path, tmp_path: Path) -> None:
+    got = run_json(capsys, "export", tiny_checkpoint, tmp_path / "b")
+    assert {"bundle", "family", "size_mb", "seconds", "peak_rss_mb", "parity"} <= set(got)
+    parity = got["parity"]
+    assert parity["greedy_tokens_equal"] == parity["greedy_tokens_compared"] == 40
+    assert 0 < parity["max_abs_logit_diff"] < 1e-3
+    assert run_json(capsys, "export", tiny_checkpoint, tmp_path / "c", "--no-verify")["parity"] is None
+
+
+def test_exports_are_reproducible(tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    assert main(["export", str(tiny_checkpoint), str(tmp_path / "b")]) == 0
+    for file in tiny_bundle.iterdir():
+        assert (tmp_path / "b" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_half_precision_halves_the_weights(
+    capsys: pytest.CaptureFixture[str], tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    got = run_json(capsys, "export", tiny_checkpoint, tmp_path / "half", "--dtype", "fp16")
+    whole = (tiny_bundle / "model.onnx.data").stat().st_size
+    assert (tmp_path / "half" / "model.onnx.data").stat().st_size < 0.55 * whole
+    assert got["parity"]["relative_logit_diff"] < 2e-2
+
+
+def test_quantize_eval_and_gates(
+    capsys: pytest.CaptureFixture[str], tiny_bundle: Path, text_file: Path, tmp_path: Path
+) -> None:
+    got = run_json(capsys, "quantize", tiny_bundle, tmp_path / "q", "--recipe", "int8", "--max-size-mb", "5")
+    assert got["gates"] == [{"name": "max-size-mb", "value": got["size_mb"], "bound": 5.0, "ok": True}]
+    measured = run_json(
+        capsys, "eval", tmp_path / "q", "--text", text_file, "--reference", tiny_bundle, "--context", "64"
+    )
+    assert {
+        "tokens",
+        "perplexity",
+        "reference_perplexity",
+        "ppl_increase",
+        "kl_divergence",
+        "top1_agreement",
+        "gates",
+    } <= set(measured)
+    assert set(measured["kl_divergence"]) == {"mean", "median", "p99", "max"}
+    code, out, err = run(
+        capsys, "eval", tmp_path / "q", "--text", text_file, "--reference", tiny_bundle, "--context", "64",
+        "--min-top1", "101%", "--max-kld", "1e9", "--json",
+    )  # fmt: skip
+    assert code == 4
+    verdicts = json.loads(out.splitlines()[0])["gates"]
+    assert [(v["name"], v["ok"]) for v in verdicts] == [("max-kld", True), ("min-top1", False)]
+    assert "gate min-top1" in err
+    assert "FAILED" in err
+
+
+def test_generate_json(capsys: pytest.CaptureFixture[str], tiny_bundle: Path) -> None:
+    got = run_json(capsys, "generate", tiny_bundle, "The quick", "--max-tokens", "5")
+    assert set(got) >= {"text", "token_ids", "finish_reason", "usage", "timings"}
+    assert set(got["usage"]) == {"prompt_tokens", "completion_tokens"}
+    assert set(got["timings"]) >= {"load_ms", "ttft_ms", "prefill_tokens_per_s", "decode_tokens_per_s"}
+    assert len(got["token_ids"]) == got["usage"]["completion_tokens"]
+    chat = run_json(capsys, "generate", tiny_bundle, "The quick", "--max-tokens", "5", "--chat", "--system", "S")
+    assert chat["usage"]["prompt_tokens"] > got["usage"]["prompt_tokens"]
+
+
+def test_generate_reads_a_pipe(
+    capsys: pytest.CaptureFixture[str], tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = run(capsys, "generate", tiny_bundle, "The quick", "--max-tokens", "5")[1]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"The quick")))
+    assert run(capsys, "generate", tiny_bundle, "-", "--max-tokens", "5") == (0, expected, "")
+
+
+def test_inspect_verify_bench_doctor(capsys: pytest.CaptureFixture[str], tiny_bundle: Path) -> None:
+    seen = run_json(capsys, "inspect", tiny_bundle)
+    assert (seen["family"], seen["recipe"], seen["n_layer"], seen["n_kv_head"], seen["context_length"]) == (
+        "llama",
+        "fp32",
+        3,
+        2,
+        300,
+    )
+    assert run_json(capsys, "verify", tiny_bundle)["ok"] is True
+    speed = run_json(capsys, "bench", tiny_bundle, "--prompt-tokens", "20", "--new-tokens", "5", "--repeat", "1")
+    assert {
+        "prefill_tokens_per_s",
+        "decode_tokens_per_s",
+        "ttft_ms",
+        "load_ms",
+        "peak_rss_mb",
+        "roofline",
+        "threads",
+        "provider",
+    } <= set(speed)
+    assert "CPUExecutionProvider" in run_json(capsys, "doctor")["providers"]
+
+
+def test_help_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "--help")
+    assert code == 0
+    for verb in (
+        "train",
+        "pull",
+        "export",
+        "quantize",
+        "eval",
+        "bench",
+        "generate",
+        "chat",
+        "serve",
+        "inspect",
+        "verify",
+        "doctor",
+        "demo",
+    ):
+        assert f"\n  {verb} " in out
+        code, page, _ = run(capsys, verb, "--help")
+        assert code == 0
+        assert "Usage: gptedge" in page
+    assert run(capsys, "--version")[1].startswith("gptedge ")
+
+
+def test_settings_come_from_flag_then_environment_then_file(
+    capsys: pytest.CaptureFixture[str], tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tokens(*flags: str) -> int:
+        return len(run_json(capsys, "generate", tiny_bundle, "fox", *flags)["token_ids"])
+
+    (tmp_path / "g.toml").write_text("[generate]\nmax-tokens = 3\n")
+    monkeypatch.setenv("GPTEDGE_CONFIG", str(tmp_path / "g.toml"))
+    assert tokens() == 3
+    monkeypatch.setenv("GPTEDGE_GENERATE_MAX_TOKENS", "2")
+    assert tokens() == 2
+    assert tokens("--max-tokens", "1") == 1
+    (tmp_path / "g.toml").write_text("[genrate]\nx = 1\n")
+    code, _, err = run(capsys, "doctor")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "did you mean generate?" in err
+
+
+# ---- what does not -------------------------------------------------------------------------------------------------
+
+
+def truncated(tiny_checkpoint: Path, at: Path) -> Path:
+    shutil.copytree(tiny_checkpoint, at)
+    data = (at / "model.safetensors").read_bytes()
+    (at / "model.safetensors").write_bytes(data[: len(data) * 2 // 3])
+    return at
+
+
+def changed_config(tiny_checkpoint: Path, at: Path, **changes: object) -> Path:
+    shutil.copytree(tiny_checkpoint, at)
+    config = json.loads((at / "config.json").read_text())
+    (at / "config.json").write_text(json.dumps({**config, **changes}))
+    return at
+
+
+Make = Callable[[Path, Path], Path]
+BAD_SOURCES: dict[str, tuple[Make, int, str]] = {
+    "missing": (lambda c, at: at, 1, "does not exist"),
+    "truncated": (truncated, 1, "is cut short"),
+    "empty folder": (lambda c, at: at.mkdir() or at, 1, "config.json"),
+    "unknown architecture": (
+        lambda c, at: changed_config(c, at, architectures=["WhaleForCausalLM"], model_type="whale"), 5, "WhaleForCausalLM",
+    ),
+    "unknown rope scaling": (lambda c, at: changed_config(c, at, rope_scaling={"rope_type": "yarn"}), 5, "'yarn'"),
+    "head_dim without a kernel": (lambda c, at: changed_config(c, at, head_dim=8, num_attention_heads=12, num_key_value_heads=4), 5, "head_dim 8"),
+    "wrong shape": (lambda c, at: changed_config(c, at, intermediate_size=151), 1, "implies [151, 84]"),
+    "missing layer": (lambda c, at: changed_config(c, at, num_hidden_layers=4), 1, "has no tensor model.layers.3"),
+    "unused layer": (lambda c, at: changed_config(c, at, num_hidden_layers=2), 1, "does not use"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BAD_SOURCES)
+def test_bad_checkpoints(capsys: pytest.CaptureFixture[str], tiny_checkpoint: Path, tmp_path: Path, kind: str) -> None:
+    make, expected, message = BAD_SOURCES[kind]
+    source = make(tiny_checkpoint, tmp_path / "source")
+    (tmp_path / "work").mkdir()
+    code, out, err = run(capsys, "export", source, tmp_path / "work" / "out")
+    assert (code, out) == (expected, "")
+    assert err.count("\n") == 1
+    assert message in err
+    assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_wrong_numbers_are_found_by_verification(
+    capsys: pytest.CaptureFixture[str], tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A graph that rotates with another base must not pass."""
+    from gptedge.export import decoder
+
+    monkeypatch.setattr(decoder, "rope_frequencies", lambda c: [0.5] * (c.head_dim // 2))
+    code, _, err = run(capsys, "export", tiny_checkpoint, tmp_path / "out")
+    assert code == 3
+    assert "differ from the source's" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["generate", "{bundle}", "word " * 2000], 1, "context holds 300"),
+        (["generate", "{bundle}", "hi", "--temperature", "-1"], 2, "temperature is -1.0"),
+        (["generate", "{bundle}", "hi", "--max-tokens", "many"], 2, "many"),
+        (["generate", "{bundle}", "hi", "--system", "x"], 2, "--system needs --chat"),
+        (["generate", "nowhere", "hi"], 1, "nowhere does not exist"),
+        (["generate", "{checkpoint}", "hi"], 1, "run gptedge export first"),
+        (["generate", "{bundle}", "hi", "--threads", "0"], 2, "threads is 0"),
+        (["generate", "{bundle}", "hi", "--provider", "tpu"], 2, "provider is 'tpu'"),
+        (["generate", "{bundle}", "hi", "--tempreature", "1"], 2, "--tempreature"),
+        (["generat"], 2, "generat"),
+        (["eval", "{bundle}", "--text", "nowhere.txt"], 1, "nowhere.txt cannot be read"),
+        (["eval", "{bundle}", "--text", "{latin1}"], 1, "is not UTF-8 text: byte 3 is 0xe9"),
+        (["eval", "{bundle}", "--text", "{short}"], 1, "one window takes"),
+        (["eval", "{bundle}", "--text", "{short}", "--max-kld", "1"], 2, "--reference"),
+        (["eval", "{bundle}", "--text", "{short}", "--max-ppl-increase", "lots"], 2, "give a percentage"),
+        (["quantize", "{bundle}", "{fresh}", "--recipe", "int9"], 2, "did you mean"),
+        (["quantize", "{bundle}", "{bundle}"], 2, "exists already"),
+        (["quantize", "{bundle}", "{fresh}", "--min-top1", "99%"], 2, "--text"),
+        (["export", "{checkpoint}", "{bundle}"], 2, "exists already"),
+        (["export", "{checkpoint}", "{fresh}", "--dtype", "fp15"], 2, "did you mean fp1"),
+        (["pull", "smolm2"], 2, "smollm2-135m-instruct"),
+        (["bench", "{bundle}", "--repeat", "0"], 2, "at least 1"),
+        (["train", "--data", "nowhere", "--out", "{fresh}"], 1, "nowhere"),
+        (["train", "--data", "{short}", "--out", "{fresh}", "--preset", "giant"], 2, "giant"),
+    ],
+)
+@pytest.mark.parametrize("as_json", [False, True])
+def test_bad_input_is_one_line(
+    capsys: pytest.CaptureFixture[str], tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path,
+    arguments: list[str], code: int, message: str, as_json: bool,
+) -> None:  # fmt: skip
+    (tmp_path / "latin1.txt").write_bytes(b"caf\xe9 " * 1000)
+    (tmp_path / "short.txt").write_text("a few words")
+    places = {
+        "bundle": tiny_bundle, "checkpoint": tiny_checkpoint, "fresh": tmp_path / "fresh",
+        "latin1": tmp_path / "latin1.txt", "short": tmp_path / "short.txt",
+    }  # fmt: skip
+    got, out, err = run(capsys, *[a.format(**places) for a in arguments], *(["--json"] if as_json else []))
+    assert got == code
+    assert message in err
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+    assert json.loads(out)["exit_code"] == code if as_json else out == ""
+    assert not (tmp_path / "fresh").exists()
+
+
+def test_text_on_a_pipe_that_is_not_utf8(
+    capsys: pytest.CaptureFixture[str], tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe")))
+    code, _, err = run(capsys, "generate", tiny_bundle, "-")
+    assert code == 1
+    assert "standard input is not UTF-8 text: byte 0 is 0xff" in err
+
+
+def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "Traceback" in run(capsys, "inspect", "nowhere", "--debug")[2]
+    assert "Traceback" not in run(capsys, "inspect", "nowhere")[2]
+
+
+def test_force_replaces(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    assert main(["export", str(tiny_checkpoint), str(tmp_path / "b"), "--no-verify"]) == 0
+    (tmp_path / "b" / "stray").touch()
+    assert main(["export", str(tiny_checkpoint), str(tmp_path / "b"), "--no-verify", "--force"]) == 0
+    assert not (tmp_path / "b" / "stray").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["b"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> object:
+    """A folder that holds half a megabyte: a tmpfs where we may mount one, else a limit on the size of files."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = (
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", place], capture_output=True).returncode == 0
+    )
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    if not mounted:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (512 << 10, limits[1]))
+    yield place
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    signal.signal(signal.SIGXFSZ, before)
+    if mounted:
+        subprocess.run(["umount", place], check=True)
+
+
+def test_full_disk(capsys: pytest.CaptureFixture[str], tiny_checkpoint: Path, small_disk: Path) -> None:
+    code, out, err = run(capsys, "export", tiny_checkpoint, small_disk / "out")
+    assert (code, out) == (1, "")
+    assert err.count("\n") == 1
+    assert "No space left" in err or "File too large" in err
+    assert list(small_disk.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("verb", ["export", "quantize", "generate", "eval", "train"])
+def test_interrupt_at_any_stage(
+    verb: str, number: signal.Signals, tiny_checkpoint: Path, tiny_bundle: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """Signals at growing delays, until one comes too late: each ends with 130 and leaves nothing behind."""
+    out = tmp_path / "work" / "out"
+    out.parent.mkdir()
+    commands = {
+        "export": ["export", tiny_checkpoint, out],
+        "quantize": ["quantize", tiny_bundle, out, "--recipe", "int4-rtn"],
+        "generate": ["generate", tiny_bundle, "The", "--max-tokens", "250", "--temperature", "1"],
+        "eval": ["eval", tiny_bundle, "--text", text_file, "--context", "16"],
+        "train": ["train", "--data", text_file, "--out", out, "--max-steps", "100000"],
+    }
+    delays = (0.25, 0.6, 1.2)
+    for delay in delays:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "gptedge", *map(str, commands[verb])],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        )
+        time.sleep(delay)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+        # Before the command has set its handlers up, Python's or the system's own ending is what there is.
+        assert process.returncode in (130, 0, 1, -number), err
+        assert "Traceback" not in err or delay == delays[0], err
+        if verb != "train":  # which keeps its state to go on from
+            left = list(out.parent.iterdir())
+            assert left in ([], [out]), err
+            if left:  # the signal came after the output had its name: then it is whole
+                assert main(["verify", str(out)]) == 0
+                break
+
+
+# ---- gates ---------------------------------------------------------------------------------------------------------
+
+
+def test_gates_compare_in_the_right_direction(capsys: pytest.CaptureFixture[str]) -> None:
+    facts = {"ppl_increase": 0.02, "kl_divergence": {"mean": 0.01}, "top1_agreement": 0.95, "size_mb": 90.0}
+    judge(requested("2%", 0.01, "95%", 90.0), facts).raise_if_failed()
+    for bad in (
+        ("1.9%", None, None, None),
+        (None, 0.009, None, None),
+        (None, None, "0.96", None),
+        (None, None, None, 89.0),
+    ):
+        with pytest.raises(GateFailed, match="misses the bound"):
+            judge(requested(*bad), facts).raise_if_failed()
+    with pytest.raises(GateFailed):
+        judge(requested(None, 1.0, None, None), {"kl_divergence": {"mean": float("nan")}}).raise_if_failed()
+    with pytest.raises(UsageError):
+        requested("2 percent", None, None, None)

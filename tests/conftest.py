@@ -1,0 +1,90 @@
+"""A tiny random model, exported and quantized once for all tests, with sizes that are not round."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gptedge.checkpoint import TOKENIZER, TOKENIZER_CONFIG, write_checkpoint
+from gptedge.config import ModelConfig
+from gptedge.families import tensor_shapes
+from gptedge.tokenizer import Tokenizer, train_bpe
+
+END, USER, ASSISTANT = "<|end|>", "<|user|>", "<|assistant|>"
+TEMPLATE = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+TEXT = (
+    "The quick brown fox jumps over the lazy dog. 0123456789 and then some more text, so that merges are learned; "
+    "漢字かな交じり文と絵文字 👩‍👩‍👧 لغة עברית naïve café. "
+) * 20
+
+
+def make_tokenizer() -> Tokenizer:
+    return train_bpe([TEXT], 330, special_tokens=[END, "<|system|>", USER, ASSISTANT])
+
+
+def tiny_config(vocab_size: int, **changes: object) -> ModelConfig:
+    shape = {
+        "n_layer": 3,
+        "n_head": 6,
+        "n_kv_head": 2,
+        "n_embd": 84,
+        "head_dim": 16,
+        "n_ff": 150,
+        "context_length": 300,
+    }
+    return ModelConfig(**{**shape, "vocab_size": vocab_size, "rope_theta": 5000.0, **changes})  # type: ignore[arg-type]
+
+
+def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
+    """Weights whose logits are spread enough that greedy decoding does not hang on ties."""
+    rng = np.random.default_rng(seed)
+    weights = {}
+    for name, shape in tensor_shapes(config).items():
+        scale = 1.0 if "embed" in name else 1.6 / np.sqrt(shape[-1])
+        values = rng.standard_normal(shape).astype(np.float32) * np.float32(scale)
+        weights[name] = values if len(shape) == 2 else 1 + 0.2 * values
+    return weights
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny") / "checkpoint"
+    folder.mkdir()
+    tokenizer = make_tokenizer()
+    config = tiny_config(tokenizer.vocab_size + 3)  # padded, as real vocabularies are
+    end = tokenizer.token_to_id(END)
+    assert end is not None
+    side_files = {
+        TOKENIZER: json.dumps(tokenizer.to_dict()).encode(),
+        TOKENIZER_CONFIG: json.dumps(
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "eos_token": END,
+                "bos_token": END,
+                "chat_template": TEMPLATE,
+            }
+        ).encode(),
+    }
+    ids = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+    write_checkpoint(folder, config, random_weights(config), side_files, token_ids=ids)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_checkpoint: Path) -> Path:
+    from gptedge.export.exporter import export
+
+    return export(tiny_checkpoint, tiny_checkpoint.parent / "fp32").bundle
+
+
+@pytest.fixture(scope="session", params=["int8", "int4-rtn"])
+def quantized_bundle(request: pytest.FixtureRequest, tiny_bundle: Path) -> Path:
+    from gptedge.quantize.quantizer import quantize
+
+    return quantize(tiny_bundle, tiny_bundle.parent / request.param, recipe=request.param).bundle

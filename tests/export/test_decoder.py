@@ -1,0 +1,169 @@
+"""The exported graph against PyTorch's GPT and Hugging Face's transformers: full prefill, chunks, and cached decoding."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from gptedge.bundle import open_bundle
+from gptedge.checkpoint import TOKENIZER, open_checkpoint
+from gptedge.export.exporter import export
+from gptedge.runtime.session import Session
+from gptedge.train.model import GPT
+from tests.conftest import make_tokenizer
+
+SHAPE = {
+    "vocab_size": 347,
+    "hidden_size": 84,
+    "intermediate_size": 150,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 200,
+    "initializer_range": 0.25,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 3000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+# name -> (transformers' configuration class, its settings)
+MODELS: dict[str, tuple[Callable[..., transformers.PreTrainedConfig], dict[str, object]]] = {
+    "llama": (transformers.LlamaConfig, {**SHAPE, "head_dim": 16, "tie_word_embeddings": True}),
+    "llama untied, biased": (
+        transformers.LlamaConfig,
+        {**SHAPE, "head_dim": 16, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False},
+    ),
+    "llama3 rope": (transformers.LlamaConfig, {**SHAPE, "head_dim": 16, "rope_parameters": LLAMA3_ROPE}),
+    "linear rope": (
+        transformers.LlamaConfig,
+        {**SHAPE, "head_dim": 16, "rope_parameters": {"rope_type": "linear", "rope_theta": 3000.0, "factor": 3.0}},
+    ),
+    "mistral": (transformers.MistralConfig, {**SHAPE, "head_dim": 32, "sliding_window": None}),
+    "qwen2": (transformers.Qwen2Config, {**SHAPE, "hidden_size": 96, "tie_word_embeddings": True}),
+    "qwen3": (transformers.Qwen3Config, {**SHAPE, "head_dim": 32}),
+    "gpt2": (
+        transformers.GPT2Config,
+        {
+            "vocab_size": 347,
+            "n_embd": 96,
+            "n_layer": 3,
+            "n_head": 6,
+            "n_positions": 200,
+            "initializer_range": 0.25,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+        },
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def pair(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[torch.nn.Module, Path, Path]:
+    """A random model of transformers, its checkpoint, and the bundle made of it."""
+    make, settings = MODELS[request.param]
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(make(**settings)).eval()
+    with torch.no_grad():  # biases and gains start as zeros and ones, which would hide their being forgotten
+        for name, p in model.named_parameters():
+            if p.ndim == 1:
+                p += 0.2 * torch.randn_like(p)
+            assert name
+    folder = tmp_path_factory.mktemp("pair")
+    model.save_pretrained(folder / "checkpoint")
+    (folder / "checkpoint" / TOKENIZER).write_text(json.dumps(make_tokenizer().to_dict()))
+    export(folder / "checkpoint", folder / "bundle")
+    return model, folder / "checkpoint", folder / "bundle"
+
+
+def ids_of(n: int, seed: int = 0) -> list[int]:
+    return [int(i) for i in np.random.default_rng(seed).integers(0, 347, n)]
+
+
+def logits_of(model: torch.nn.Module, ids: list[int]) -> np.ndarray:
+    with torch.no_grad():
+        out = model(torch.tensor([ids]))
+    return (out if isinstance(out, torch.Tensor) else out.logits)[0].numpy()
+
+
+def assert_close(got: np.ndarray, expected: np.ndarray) -> None:
+    assert np.abs(got - expected).max() <= 1e-3 * expected.std()
+
+
+def test_prefill(pair: tuple[torch.nn.Module, Path, Path]) -> None:
+    model, _, bundle = pair
+    session, ids = Session(open_bundle(bundle)), ids_of(150)
+    assert_close(session.run(ids, session.new_cache(), every_row=True), logits_of(model, ids))
+
+
+def test_chunks_and_single_steps(pair: tuple[torch.nn.Module, Path, Path]) -> None:
+    model, _, bundle = pair
+    session, ids = Session(open_bundle(bundle)), ids_of(150, seed=1)
+    cache, rows, start = session.new_cache(), [], 0
+    for size in (37, 1, 1, 60, 1, 50):
+        rows.append(session.run(ids[start : start + size], cache, every_row=True))
+        start += size
+    assert_close(np.concatenate(rows), logits_of(model, ids))
+
+
+def test_greedy_tokens(pair: tuple[torch.nn.Module, Path, Path]) -> None:
+    model, _, bundle = pair
+    session, ids = Session(open_bundle(bundle)), ids_of(11, seed=2)
+    cache, ours = session.new_cache(), []
+    logits = session.prefill(ids, cache)
+    for _ in range(64):
+        assert logits is not None
+        ours.append(int(logits.argmax()))
+        logits = session.run(ours[-1:], cache)[0]
+    theirs = model.generate(
+        torch.tensor([ids]), max_new_tokens=64, min_new_tokens=64, do_sample=False, eos_token_id=None
+    )
+    assert ours == theirs[0, len(ids) :].tolist()
+
+
+def test_pytorch_gpt_agrees_too(pair: tuple[torch.nn.Module, Path, Path]) -> None:
+    model, checkpoint, _ = pair
+    ids = ids_of(90, seed=3)
+    assert_close(logits_of(GPT.from_checkpoint(open_checkpoint(checkpoint)).eval(), ids), logits_of(model, ids))
+
+
+def test_last_row_alone_is_the_last_of_all(pair: tuple[torch.nn.Module, Path, Path]) -> None:
+    _, _, bundle = pair
+    session, ids = Session(open_bundle(bundle)), ids_of(40)
+    every = session.run(ids, session.new_cache(), every_row=True)
+    np.testing.assert_allclose(session.run(ids, session.new_cache()), every[-1:], atol=1e-5 * every.std())
+
+
+def test_graph_of_a_stranger_sees_only_the_contract(pair: tuple[torch.nn.Module, Path, Path]) -> None:
+    """Programs that do not know of first_logit get every row, and an exact-length present."""
+    import onnxruntime
+
+    model, _, bundle = pair
+    session = onnxruntime.InferenceSession(str(bundle / "model.onnx"), providers=["CPUExecutionProvider"])
+    ids = ids_of(20)
+    feeds = {}
+    for i in session.get_inputs():
+        if i.name == "input_ids":
+            feeds[i.name] = np.array([ids])
+        elif i.name == "attention_mask":
+            feeds[i.name] = np.ones((1, 20), np.int64)
+        elif i.name == "position_ids":
+            feeds[i.name] = np.arange(20)[None]
+        else:
+            feeds[i.name] = np.zeros((1, i.shape[1], 0, i.shape[3]), np.float32)
+    logits, key = session.run(["logits", "present.0.key"], feeds)
+    assert_close(logits[0], logits_of(model, ids))
+    assert key.shape[2] == 20

@@ -1,0 +1,110 @@
+"""Rounding to blocks: the bytes are those the kernels read, and searching never loses to taking the range as it is."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from gptedge.quantize.recipes import Scheme
+from gptedge.quantize.rounding import Blocks, dequantize, pack, quantize_rows, unpack
+
+SCHEMES = {
+    "4-bit": Scheme(bits=4, block_size=32, symmetric=False, steps=6),
+    "4-bit block 16": Scheme(bits=4, block_size=16, symmetric=False, steps=1),
+    "4-bit symmetric": Scheme(bits=4, block_size=32, symmetric=True, steps=6),
+    "8-bit": Scheme(bits=8, block_size=64, symmetric=True, steps=1),
+    "8-bit asymmetric": Scheme(bits=8, block_size=32, symmetric=False, steps=1),
+}
+
+
+def matrix(n: int, k: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((n, k)).astype(np.float32)
+
+
+def product(x: np.ndarray, blocks: Blocks, scheme: Scheme, width: int) -> np.ndarray:
+    """x @ W.T by onnxruntime's kernel, at full precision of the activations."""
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+    import onnxruntime
+
+    arrays = {"packed": blocks.packed, "scales": blocks.scales.astype(np.float32)}
+    if blocks.zero_points is not None:
+        arrays["zero_points"] = blocks.zero_points
+    node = helper.make_node(
+        "MatMulNBits", ["x", *arrays], ["y"], domain="com.microsoft", K=width, N=len(blocks.packed),
+        bits=scheme.bits, block_size=scheme.block_size, accuracy_level=1,
+    )  # fmt: skip
+    graph = helper.make_graph(
+        [node],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, x.shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [onnx.numpy_helper.from_array(a, name) for name, a in arrays.items()],
+    )
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return session.run(None, {"x": x})[0]
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("width", [64, 96, 100, 31])
+def test_kernel_reads_what_was_packed(name: str, width: int) -> None:
+    scheme = SCHEMES[name]
+    blocks = quantize_rows(matrix(24, width), scheme)
+    x = matrix(3, width, seed=1)
+    expected = x @ dequantize(blocks, scheme, width).T
+    np.testing.assert_allclose(product(x, blocks, scheme, width), expected, atol=2e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_error_is_within_half_a_step(name: str) -> None:
+    scheme = SCHEMES[name]
+    w = matrix(16, 128)
+    plain = Scheme(bits=scheme.bits, block_size=scheme.block_size, symmetric=scheme.symmetric, steps=1)
+    blocks = quantize_rows(w, plain)
+    step = np.repeat(blocks.scales.astype(np.float32), scheme.block_size, 1)
+    # The zero point is an integer and the scale a float16, so the ends of the range may lie up to a step outside.
+    assert np.all(np.abs(dequantize(blocks, plain, 128) - w) <= step * 1.01)
+    assert np.mean(np.abs(dequantize(blocks, plain, 128) - w) <= step * 0.51) > 0.95
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_search_helps_in_every_block(symmetric: bool) -> None:
+    w = matrix(64, 256)
+
+    def error(steps: int) -> np.ndarray:
+        scheme = Scheme(bits=4, block_size=32, symmetric=symmetric, steps=steps)
+        return ((dequantize(quantize_rows(w, scheme), scheme, 256) - w) ** 2).reshape(-1, 32).sum(1)
+
+    assert np.all(error(12) <= error(1) * (1 + 1e-5))
+    assert error(12).mean() < 0.95 * error(1).mean()
+
+
+def test_importance_moves_the_error_to_columns_that_matter_less() -> None:
+    w = matrix(128, 128)
+    importance = np.where(np.arange(128) % 2, 25.0, 0.04).astype(np.float32)
+    scheme = SCHEMES["4-bit"]
+    plain = (dequantize(quantize_rows(w, scheme), scheme, 128) - w) ** 2
+    weighted = (dequantize(quantize_rows(w, scheme, importance), scheme, 128) - w) ** 2
+    assert (weighted * importance).sum() < (plain * importance).sum()
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-8, -3.0, 6e4])
+def test_blocks_of_one_value(value: float) -> None:
+    for scheme in SCHEMES.values():
+        w = np.full((2, 64), value, np.float32)
+        got = dequantize(quantize_rows(w, scheme), scheme, 64)
+        assert np.isfinite(got).all()
+        np.testing.assert_allclose(got, w, rtol=0.02, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 32), (5, 7), (1, 1)])
+def test_packing_round_trip(shape: tuple[int, ...]) -> None:
+    values = np.random.default_rng(0).integers(0, 16, shape).astype(np.uint8)
+    np.testing.assert_array_equal(unpack(pack(values, 4), 4)[..., : shape[-1]], values)
+    first = np.array([[3, 10]], np.uint8)
+    assert pack(first, 4)[0, 0] == 3 + 16 * 10  # the first value takes the low half

@@ -1,0 +1,288 @@
+"""Generation and chats through the public API, on the tiny model."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import gptedge
+from gptedge.runtime.generate import _StopStrings
+from tests.conftest import END
+
+
+@pytest.fixture(scope="module")
+def model(tiny_bundle: Path) -> gptedge.Model:
+    return gptedge.load(tiny_bundle, threads=1)
+
+
+def naive_greedy(model: gptedge.Model, ids: list[int], n: int) -> list[int]:
+    """The slow oracle: the whole text again for each token, no cache."""
+    out: list[int] = []
+    for _ in range(n):
+        logits = model.session.run([*ids, *out], model.session.new_cache())
+        out.append(int(logits[-1].argmax()))
+        if out[-1] in model.bundle.eos_ids:
+            break
+    return out
+
+
+@pytest.mark.parametrize("prompt", ["The quick", "漢字かな", "0", "👩‍👩‍👧 and"])
+def test_cached_decoding_is_naive_decoding(model: gptedge.Model, prompt: str) -> None:
+    result = model.run(prompt, max_tokens=40)
+    assert list(result.token_ids) == naive_greedy(model, model.tokenizer.encode(prompt), 40)
+    assert result.usage.completion_tokens == len(result.token_ids)
+    assert result.text == model.tokenizer.decode(result.token_ids)
+
+
+def test_stream_is_the_whole_in_pieces(model: gptedge.Model) -> None:
+    whole = model.run("The lazy dog", max_tokens=60, temperature=1.0, seed=5)
+    with model.stream("The lazy dog", max_tokens=60, temperature=1.0, seed=5) as stream:
+        parts = list(stream)
+    assert "".join(p.text for p in parts) == whole.text
+    assert [p.finish_reason for p in parts[:-1]] == [None] * (len(parts) - 1)
+    assert parts[-1].finish_reason == stream.result.finish_reason
+
+
+@pytest.mark.parametrize("n", [0, 1, 7])
+def test_max_tokens(model: gptedge.Model, n: int) -> None:
+    result = model.run("fox", max_tokens=n, logit_bias=dict.fromkeys(model.bundle.eos_ids, -1e4))
+    assert len(result.token_ids) == n
+    assert result.finish_reason == "length"
+
+
+def test_generation_ends_where_the_context_does(model: gptedge.Model) -> None:
+    ids = [5] * 295
+    with model.stream_ids(ids, max_tokens=1000, logit_bias=dict.fromkeys(model.bundle.eos_ids, -1e4)) as stream:
+        list(stream)
+    assert stream.result.finish_reason == "length"
+    assert len(stream.result.token_ids) == 5
+
+
+def test_too_long_a_prompt_is_refused_before_anything_runs(model: gptedge.Model) -> None:
+    with pytest.raises(gptedge.ContextOverflowError, match="context holds 300"):
+        model.stream("word " * 1000)
+
+
+def test_end_of_text_stops(model: gptedge.Model) -> None:
+    eos = next(iter(model.bundle.eos_ids))
+    result = model.run("fox", max_tokens=50, logit_bias={eos: 1e4})
+    assert (result.finish_reason, result.text, result.token_ids) == ("stop", "", (eos,))
+
+
+def test_stop_string_over_several_tokens(model: gptedge.Model) -> None:
+    params = {"max_tokens": 60, "temperature": 1.0, "seed": 3}
+    text = model.generate("The", **params)
+    stop = text[10:16]
+    result = model.run("The", stop=[stop], **params)
+    assert result.text == text[: text.index(stop)]
+    assert result.finish_reason == "stop"
+
+
+def test_stop_strings_hold_back_only_what_may_be_one() -> None:
+    s = _StopStrings(("END", "no"))
+    assert s.feed("abcE") == ("abc", False)
+    assert s.feed("N") == ("", False)
+    assert s.feed("x") == ("ENx", False)
+    assert s.feed("n") == ("", False)
+    assert s.finish("") == "n"
+    t = _StopStrings(("END", "no"))
+    assert t.feed("say no to the END") == ("say ", True)
+    assert t.finish("more") == ""
+
+
+def test_cancel_from_another_thread_keeps_what_came(model: gptedge.Model) -> None:
+    no_end = dict.fromkeys(model.bundle.eos_ids, -1e4)
+    stream = model.stream("The", max_tokens=250, logit_bias=no_end)
+    got = [next(stream)]
+    threading.Timer(0.05, stream.cancel).start()
+    for chunk in stream:
+        got.append(chunk)
+        time.sleep(0.005)
+    assert stream.result.finish_reason == "cancelled"
+    assert 0 < len(stream.result.token_ids) < 250
+    assert stream.result.text == "".join(c.text for c in got)
+
+
+def test_cancel_before_the_first_token(model: gptedge.Model) -> None:
+    with model.stream("The", max_tokens=10) as stream:
+        stream.cancel()
+        chunks = list(stream)
+    assert [c.finish_reason for c in chunks] == ["cancelled"]
+    assert stream.result.token_ids == ()
+
+
+def test_result_before_the_end_is_an_error(model: gptedge.Model) -> None:
+    with pytest.raises(gptedge.UsageError, match="has not ended"):
+        _ = model.stream("The").result
+
+
+def test_logprobs(model: gptedge.Model) -> None:
+    result = model.run("The", max_tokens=5, logprobs=2)
+    assert result.logprobs is not None
+    assert len(result.logprobs) == len(result.token_ids)
+    first = result.logprobs[0]
+    assert first.token_id == first.top[0][0]
+    assert first.logprob == pytest.approx(first.top[0][1])
+    assert model.run("The", max_tokens=1).logprobs is None
+
+
+def test_empty_prompt_starts_from_the_beginning_token(model: gptedge.Model) -> None:
+    assert model.run("", max_tokens=3).usage.prompt_tokens == 1
+
+
+def test_token_outside_the_vocabulary(model: gptedge.Model) -> None:
+    with pytest.raises(gptedge.UsageError, match="outside the vocabulary"):
+        model.stream_ids([10**6])
+
+
+# ---- chats ---------------------------------------------------------------------------------------------------------
+
+
+def test_second_turn_runs_only_what_is_new(model: gptedge.Model) -> None:
+    chat = model.chat(max_tokens=12, logit_bias={model.bundle.config["eos_token_id"]: -1e4})
+    first = chat.send("The quick brown fox")
+    before = first.usage.prompt_tokens + len(first.token_ids)
+    second = chat.send("and then?")
+    # All but the reply's last token, which was never run, and what the template puts after it.
+    assert second.timings.cached_tokens == before - 1
+    assert second.usage.prompt_tokens > before
+    assert [m["role"] for m in chat.messages] == ["user", "assistant", "user", "assistant"]
+
+
+def test_reopened_chat_goes_on_like_the_kept_one(model: gptedge.Model) -> None:
+    """With a reply whose text encodes to the tokens it came from, as real models' replies nearly always do."""
+    bias = {model.tokenizer.encode("The")[0]: 50.0}
+    chat = model.chat(max_tokens=1, logit_bias=bias)
+    chat.send("The quick brown fox")
+    fresh = model.chat(max_tokens=12)
+    fresh.load_dict(chat.to_dict())
+    assert fresh.send("and then?").token_ids == chat.send("and then?", max_tokens=12, logit_bias={}).token_ids
+
+
+def test_template_marks_turns(model: gptedge.Model) -> None:
+    chat = model.chat(system="Be brief.")
+    text = model.chat_template.render([*chat.messages, {"role": "user", "content": "Hi"}])
+    assert text == "<|system|>Be brief.<|end|><|user|>Hi<|end|><|assistant|>"
+    assert END in text
+
+
+def test_cancelled_reply_stays_in_the_history(model: gptedge.Model) -> None:
+    chat = model.chat(max_tokens=200, logit_bias=dict.fromkeys(model.bundle.eos_ids, -1e4))
+    with chat.stream("The") as stream:
+        for i, _ in enumerate(stream):
+            if i == 4:
+                break
+    assert chat.messages[-1] == {"role": "assistant", "content": stream.result.text}
+    assert stream.result.finish_reason == "cancelled"
+    chat.send("more", max_tokens=3)
+
+
+def test_failed_question_leaves_the_history(model: gptedge.Model) -> None:
+    chat = model.chat(max_tokens=5)
+    chat.send("Hi")
+    before = list(chat.messages)
+    with pytest.raises(gptedge.ContextOverflowError):
+        chat.send("word " * 1000)
+    assert chat.messages == before
+    chat.send("still here")
+
+
+def test_one_reply_at_a_time(model: gptedge.Model) -> None:
+    chat = model.chat(max_tokens=50)
+    stream = chat.stream("The")
+    next(stream)
+    with pytest.raises(gptedge.UsageError, match="already answering"):
+        chat.send("me too")
+    stream.close()
+    chat.send("now", max_tokens=2)
+
+
+def test_unread_stream_does_not_block_the_chat(model: gptedge.Model) -> None:
+    chat = model.chat(max_tokens=3)
+    chat.stream("never read")
+    chat.send("read")
+
+
+def test_fork_edit_regenerate_clear(model: gptedge.Model) -> None:
+    chat = model.chat(system="S", max_tokens=6)
+    chat.send("one")
+    chat.send("two")
+    twin = chat.fork()
+    assert twin.send("three").token_ids == chat.send("three").token_ids
+    twin.edit(-2, "four")
+    assert [m["content"] for m in twin.messages if m["role"] == "user"] == ["one", "two", "four"]
+    with twin.regenerate() as stream:
+        list(stream)
+    assert twin.messages[-1]["role"] == "assistant"
+    with pytest.raises(gptedge.UsageError, match="no message 99"):
+        twin.edit(99, "x")
+    twin.clear()
+    assert twin.messages == [{"role": "system", "content": "S"}]
+    with pytest.raises(gptedge.UsageError, match="no question"):
+        twin.regenerate()
+    assert len(chat.messages) == 7
+
+
+def test_history_from_elsewhere_is_checked(model: gptedge.Model) -> None:
+    chat = model.chat()
+    with pytest.raises(gptedge.DataError, match="message 0"):
+        chat.load_dict({"messages": [{"role": "pirate", "content": "arr"}]})
+    with pytest.raises(gptedge.DataError, match="must be a list"):
+        chat.load_dict({})
+
+
+def test_chats_from_several_threads_do_not_disturb_each_other(model: gptedge.Model) -> None:
+    prompts = ["The quick", "lazy dog", "漢字", "0123"]
+    alone = [model.run(p, max_tokens=30).token_ids for p in prompts]
+    together: dict[int, tuple[int, ...]] = {}
+
+    def work(i: int) -> None:
+        together[i] = model.run(prompts[i], max_tokens=30).token_ids
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(prompts))]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert [together[i] for i in range(len(prompts))] == alone
+
+
+def test_closing_mid_stream_ends_it_with_an_error(tiny_bundle: Path) -> None:
+    model = gptedge.load(tiny_bundle, threads=1)
+    stream = model.stream("The", max_tokens=100, logit_bias=dict.fromkeys(model.bundle.eos_ids, -1e4))
+    next(stream)
+    model.close()
+    with pytest.raises(gptedge.BundleError, match="closed"):
+        list(stream)
+
+
+def test_module_functions(tiny_bundle: Path, model: gptedge.Model) -> None:
+    expected = model.generate("The", max_tokens=4)
+    assert gptedge.generate(tiny_bundle, "The", max_tokens=4) == expected
+    assert "".join(c.text for c in gptedge.stream(model, "The", max_tokens=4)) == expected
+    assert gptedge.chat(model, max_tokens=2).send("hi").usage.completion_tokens <= 2
+
+
+async def test_async_model(tiny_bundle: Path, model: gptedge.Model) -> None:
+    async with await gptedge.AsyncModel.load(tiny_bundle, threads=1) as twin:
+        assert await twin.generate("The", max_tokens=5) == model.generate("The", max_tokens=5)
+        text = [chunk.text async for chunk in twin.stream("The", max_tokens=5)]
+        assert "".join(text) == model.generate("The", max_tokens=5)
+        async with twin.chat(max_tokens=4).stream("hi") as stream:
+            async for _ in stream:
+                stream.cancel()
+        assert stream.result.finish_reason in ("cancelled", "stop")
+
+
+def test_quantized_bundles_stay_close(quantized_bundle: Path, model: gptedge.Model) -> None:
+    """Not a measure of quality (the weights are random): a wrong layout would leave no correlation at all."""
+    ids = model.tokenizer.encode("The quick brown fox jumps over the lazy dog. 0123456789")
+    small = gptedge.load(quantized_bundle, threads=1)
+    exact = model.session.run(ids, model.session.new_cache(), every_row=True)
+    rounded = small.session.run(ids, small.session.new_cache(), every_row=True)
+    correlation = np.corrcoef(exact.ravel(), rounded.ravel())[0, 1]
+    assert correlation > (0.995 if "int8" in quantized_bundle.name else 0.9)
