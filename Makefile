@@ -25,8 +25,9 @@ check: $(VENV)/.dev
 	ln -s $(CURDIR)/export $(CURDIR)/quantize $(CURDIR)/tui build/types/gptedge/
 	MYPYPATH=build/types $(BIN)/mypy -p gptedge
 
+# Needs what `make demo` makes.
 bench: $(VENV)/.dev
-	$(BIN)/python benchmarks/quick.py
+	$(BIN)/python benchmarks/speed.py demo/smollm2-int4
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

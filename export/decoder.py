@@ -210,7 +210,7 @@ class _Decoder:
             g.constant("index_1", 1),
             name="longest.total",
         )
-        to_int32 = {"to": onnx.TensorProto.INT32}
+        to_int32: dict[str, Any] = {"to": onnx.TensorProto.INT32}
         return g.op("Cast", less, name="lengths", **to_int32), g.op("Cast", total, name="longest", **to_int32)
 
     @cached_property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,17 +48,18 @@ def export(
     *,
     dtype: DType = "fp32",
     verify: bool = True,
+    tokenizer: Path | None = None,
     force: bool = False,
     report: Report = silent,
 ) -> ExportResult:
-    """Write the bundle `out` from the checkpoint `source`.
+    """Write the bundle `out` from the checkpoint `source`; `tokenizer` is a tokenizer.json for a source without one.
 
     Raises CheckpointError, UnsupportedModelError, OutputExistsError, or ParityError when the graph does not compute
     what the checkpoint computes; then nothing is written.
     """
     start = time.perf_counter()
     check_destination(out, force=force)
-    checkpoint = open_source(Path(source))
+    checkpoint = _with_tokenizer(open_source(Path(source)), tokenizer)
     config, weights = checkpoint.config, checkpoint.weights()
     _check_kernels(config)
     _check_tokenizer(checkpoint, config.vocab_size)
@@ -82,6 +83,16 @@ def export(
         peak_rss_mb=peak_rss_mb(),
         parity=parity,
     )
+
+
+def _with_tokenizer(checkpoint: Checkpoint, tokenizer: Path | None) -> Checkpoint:
+    if tokenizer is None:
+        return checkpoint
+    try:
+        content = Path(tokenizer).read_bytes()
+    except OSError as e:
+        raise CheckpointError(f"tokenizer {tokenizer} cannot be read: {e.strerror}") from None
+    return replace(checkpoint, side_files={**checkpoint.side_files, TOKENIZER: content})
 
 
 def _write_side_files(checkpoint: Checkpoint, folder: Path) -> None:
@@ -110,7 +121,7 @@ def _check_kernels(config: ModelConfig) -> None:
 def _check_tokenizer(checkpoint: Checkpoint, vocab_size: int) -> None:
     """A bundle that cannot read text is of no use: refuse it here rather than at its first prompt."""
     if TOKENIZER not in checkpoint.side_files:
-        raise CheckpointError(f"{checkpoint.path} has no {TOKENIZER}; a bundle needs one to read and write text")
+        raise CheckpointError(f"{checkpoint.path} has no {TOKENIZER}; give one with --tokenizer FILE")
     try:
         tokenizer = Tokenizer.from_dict(json.loads(checkpoint.side_files[TOKENIZER]))
     except ValueError as e:

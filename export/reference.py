@@ -7,7 +7,7 @@ the checkpoint's tensors one at a time. Shapes: T tokens, D n_embd, H n_head, K 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from gptedge.safetensors import FloatArray, Tensor
 
 _erf = np.vectorize(math.erf, otypes=[np.float32])
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[FloatArray], FloatArray]] = {
     "silu": lambda x: x / (1 + np.exp(-x)),
     "gelu": lambda x: 0.5 * x * (1 + _erf(x / np.float32(math.sqrt(2)))),
     "gelu_tanh": lambda x: 0.5 * x * (1 + np.tanh(np.float32(math.sqrt(2 / math.pi)) * (x + 0.044715 * x**3))),
@@ -37,7 +37,7 @@ class Reference:
         for i in range(self.c.n_layer):
             x = self.block(x, i)
         table = "embed.weight" if self.c.tie_embeddings else "head.weight"
-        return self.norm(x, "norm") @ self.w[table].read().T
+        return np.matmul(self.norm(x, "norm"), self.w[table].read().T)
 
     def embed(self, ids: list[int]) -> FloatArray:
         x = np.array(self.w["embed.weight"].read()[ids])

@@ -16,6 +16,11 @@ from gptedge.model import Model, load
 from gptedge.runtime.generate import Chunk, Result, Stream
 
 
+def _next(stream: Stream) -> Chunk | None:
+    """The next chunk, or None at the end: StopIteration cannot cross a future."""
+    return next(stream, None)
+
+
 class AsyncStream:
     """A `Stream` whose chunks are awaited. Leaving the `async with` block, or cancelling the task, cancels it."""
 
@@ -40,7 +45,7 @@ class AsyncStream:
                 async for chunk in self:
                     yield chunk
             return
-        while (chunk := await asyncio.to_thread(next, self._stream, None)) is not None:
+        while (chunk := await asyncio.to_thread(_next, self._stream)) is not None:
             yield chunk
 
     def cancel(self) -> None:

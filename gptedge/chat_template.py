@@ -67,6 +67,7 @@ def load_chat_template(folder: Path) -> ChatTemplate:
     config: dict[str, Any] = {}
     if (folder / TOKENIZER_CONFIG).is_file():
         config = json.loads((folder / TOKENIZER_CONFIG).read_text(encoding="utf-8"))
+    source: Any
     if (folder / CHAT_TEMPLATE).is_file():
         source = (folder / CHAT_TEMPLATE).read_text(encoding="utf-8")
     else:

@@ -195,7 +195,7 @@ def _judge(name: str, bundles: Sequence[Path], ids: Sequence[int], screen: Scree
 
 
 def _size(model: Any) -> float:
-    return round(model.bundle.size_bytes / 1e6, 2)
+    return float(round(model.bundle.size_bytes / 1e6, 2))
 
 
 def _documentation() -> str:

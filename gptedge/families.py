@@ -207,6 +207,9 @@ _GPT2_PARTS = _both(
     }
 )
 
+# The same modules, with torch's linear layers in the place of Conv1D.
+_NANOGPT_PARTS = {ours: replace(part, transpose=False) for ours, part in _GPT2_PARTS.items()}
+
 FAMILIES: tuple[Family, ...] = (
     Family("llama", ("LlamaForCausalLM",), _llama_config, _LLAMA_PARTS, ignored=(".rotary_emb.inv_freq",)),
     Family("mistral", ("MistralForCausalLM",), _llama_config, _LLAMA_PARTS),
@@ -219,6 +222,9 @@ FAMILIES: tuple[Family, ...] = (
         _GPT2_PARTS,
         prefixes=("transformer.", ""),
         ignored=(".attn.bias", ".attn.masked_bias"),
+    ),
+    Family(
+        "nanogpt", ("NanoGPT",), _gpt2_config, _NANOGPT_PARTS, prefixes=("transformer.", ""), ignored=(".attn.bias",)
     ),
 )
 

@@ -37,7 +37,7 @@ class Target:
 
 def find_targets(model: onnx.ModelProto, recipe: Recipe) -> list[Target]:
     """Matrices that products and token lookups use, in the graph's order."""
-    shapes = {t.name: tuple(t.dims) for t in model.graph.initializer}
+    shapes = {t.name: tuple(t.dims) for t in model.graph.initializer if len(t.dims) == 2}
     sources = {
         node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "Cast" and node.input[0] in shapes
     }
@@ -46,18 +46,19 @@ def find_targets(model: onnx.ModelProto, recipe: Recipe) -> list[Target]:
     for node in model.graph.node:
         operand = _weight_operand(node)
         name = sources.get(operand, operand)
-        if len(shapes.get(name, ())) == 2:
+        if name in shapes:
             (lookups if node.op_type == "Gather" else products).setdefault(name, []).append(node.name)
     tables = set(lookups) | {name for name, nodes in products.items() if "head" in nodes}
     return [
         Target(
             name,
-            *shapes[name],
+            rows,
+            width,
             recipe.table if name in tables else recipe.linear,
             tuple(products.get(name, ())),
             tuple(lookups.get(name, ())),
         )
-        for name in shapes
+        for name, (rows, width) in shapes.items()
         if name in products or (name in lookups and "embed" in lookups[name])
     ]
 

@@ -6,6 +6,7 @@ bytes are laid out as onnxruntime's MatMulNBits reads them (contrib operators, c
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,8 @@ from gptedge.quantize.recipes import Scheme
 
 FloatArray = npt.NDArray[np.float32]
 ByteArray = npt.NDArray[np.uint8]
+Candidates = Iterator[tuple[FloatArray, FloatArray]]
+"""Scales and zero points to try, each [N, blocks]."""
 
 _SMALLEST_SHRINK = 0.75  # of a block's range; narrower ones never won in the search
 _TINY = np.float32(np.finfo(np.float16).tiny)
@@ -47,7 +50,7 @@ def dequantize(blocks: Blocks, scheme: Scheme, width: int) -> FloatArray:
         zero: Any = np.float32(2 ** (scheme.bits - 1))
     else:
         zero = unpack(blocks.zero_points, scheme.bits)[:, : integers.shape[1], None].astype(np.float32)
-    values = (integers - zero) * blocks.scales.astype(np.float32)[..., None]
+    values: FloatArray = (integers - zero) * blocks.scales.astype(np.float32)[..., None]
     return values.reshape(len(values), -1)[:, :width]
 
 
@@ -57,7 +60,7 @@ def pack(integers: ByteArray, bits: int) -> ByteArray:
         return integers
     if integers.shape[-1] % 2:
         integers = np.concatenate([integers, np.zeros((*integers.shape[:-1], 1), np.uint8)], -1)
-    return integers[..., 0::2] | (integers[..., 1::2] << 4)
+    return np.bitwise_or(integers[..., 0::2], np.left_shift(integers[..., 1::2], 4))
 
 
 def unpack(packed: ByteArray, bits: int) -> ByteArray:
@@ -79,25 +82,20 @@ def _in_blocks(rows: FloatArray, block_size: int) -> FloatArray:
 def _round(blocks: FloatArray, scale: FloatArray, zero: FloatArray, scheme: Scheme) -> ByteArray:
     integers = np.rint(blocks / scale[..., None])
     integers += zero[..., None]
-    return np.clip(integers, 0, 2**scheme.bits - 1, out=integers).astype(np.uint8)
+    clipped: ByteArray = np.clip(integers, 0, 2**scheme.bits - 1, out=integers).astype(np.uint8)
+    return clipped
 
 
 def _search(blocks: FloatArray, scheme: Scheme, importance: FloatArray | None) -> tuple[FloatArray, FloatArray]:
     """Per block the scale (as float16 holds it) and zero point of least squared error, float32 [N, blocks]."""
-    candidates = _symmetric_candidates if scheme.symmetric else _asymmetric_candidates
-    best_scale = best_zero = best_error = None
-    for scale, zero in candidates(blocks, scheme):
-        scale = _storable(scale)
+    candidates = (_symmetric_candidates if scheme.symmetric else _asymmetric_candidates)(blocks, scheme)
+    best_scale, best_zero = next(candidates)
+    best_error = _error(blocks, best_scale, best_zero, scheme, importance)
+    for scale, zero in candidates:
         error = _error(blocks, scale, zero, scheme, importance)
-        if best_error is None:
-            best_scale, best_zero, best_error = scale, zero, error
-            continue
         better = error < best_error
-        np.copyto(best_scale, scale, where=better)
-        np.copyto(best_zero, zero, where=better)
-        np.copyto(best_error, error, where=better)
-    assert best_scale is not None
-    assert best_zero is not None
+        for best, new in ((best_scale, scale), (best_zero, zero), (best_error, error)):
+            np.copyto(best, new, where=better)
     return best_scale, best_zero
 
 
@@ -105,20 +103,20 @@ def _shrinks(steps: int) -> list[np.float32]:
     return [np.float32(s) for s in np.linspace(1.0, _SMALLEST_SHRINK, steps)] if steps > 1 else [np.float32(1)]
 
 
-def _symmetric_candidates(blocks: FloatArray, scheme: Scheme) -> Any:
+def _symmetric_candidates(blocks: FloatArray, scheme: Scheme) -> Candidates:
     half = 2 ** (scheme.bits - 1)
     largest = np.abs(blocks).max(-1)
     zero = np.full_like(largest, half)
     for shrink in _shrinks(scheme.steps):
-        yield largest * (shrink / (half - 1)), zero.copy()
+        yield _storable(largest * (shrink / (half - 1))), zero
 
 
-def _asymmetric_candidates(blocks: FloatArray, scheme: Scheme) -> Any:
+def _asymmetric_candidates(blocks: FloatArray, scheme: Scheme) -> Candidates:
     """Ranges that include zero, each end shrunk alone and both together."""
     top = 2**scheme.bits - 1
     low, high = np.minimum(blocks.min(-1), 0), np.maximum(blocks.max(-1), 0)
     for shrink in _shrinks(scheme.steps):
-        for a, b in {(shrink, shrink), (shrink, np.float32(1)), (np.float32(1), shrink)}:
+        for a, b in dict.fromkeys(((shrink, shrink), (shrink, np.float32(1)), (np.float32(1), shrink))):
             scale = _storable((high * b - low * a) / top)
             yield scale, np.clip(np.rint(-low * a / scale), 0, top)
 
@@ -137,4 +135,4 @@ def _error(
     np.square(scaled, out=scaled)
     if importance is not None:
         scaled *= importance
-    return scaled.sum(-1) * np.square(scale)
+    return np.multiply(scaled.sum(-1), np.square(scale))

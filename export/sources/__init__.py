@@ -1,0 +1,57 @@
+"""Anything gptedge can export, opened as one `Checkpoint`: a Hugging Face folder, a GGUF file, a nanoGPT .pt.
+
+Folders and GGUF files are opened without torch; only a nanoGPT checkpoint, which is a pickle, needs it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gptedge.checkpoint import CONFIG, Checkpoint, open_checkpoint
+from gptedge.errors import CheckpointError
+
+__all__ = ["open_source"]
+
+_EXPECTED = "a Hugging Face folder with config.json, a .gguf file or a nanoGPT .pt file is expected"
+_MAGIC = b"GGUF"
+
+
+def open_source(path: Path) -> Checkpoint:
+    """Open a SOURCE. Raises CheckpointError or UnsupportedModelError, in one line, for what cannot be opened."""
+    path = Path(path)
+    if path.is_dir():
+        return _open_folder(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist; {_EXPECTED}")
+    if path.suffix == ".gguf" or _starts_with_magic(path):
+        return _open_gguf(path)
+    if path.suffix in (".pt", ".pth"):
+        from gptedge.export.sources.nanogpt import open_nanogpt  # torch: 1.5 s
+
+        return open_nanogpt(path)
+    raise CheckpointError(f"{path} is not a source that can be opened; {_EXPECTED}")
+
+
+def _open_folder(path: Path) -> Checkpoint:
+    if (path / CONFIG).is_file():
+        return open_checkpoint(path)
+    files = sorted(path.glob("*.gguf"))
+    if len(files) == 1:
+        return _open_gguf(files[0])
+    if files:
+        raise CheckpointError(f"{path} holds {len(files)} .gguf files; name the one to open, for example {files[0]}")
+    raise CheckpointError(f"{path} has neither {CONFIG} nor a .gguf file; {_EXPECTED}")
+
+
+def _open_gguf(path: Path) -> Checkpoint:
+    from gptedge.export.sources.gguf_file import open_gguf  # the gguf package: 0.2 s
+
+    return open_gguf(path)
+
+
+def _starts_with_magic(path: Path) -> bool:
+    try:
+        with path.open("rb") as f:
+            return f.read(len(_MAGIC)) == _MAGIC
+    except OSError as e:
+        raise CheckpointError(f"{path} cannot be read: {e.strerror}") from None

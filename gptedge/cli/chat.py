@@ -87,16 +87,15 @@ def _app(
 ) -> None:
     from gptedge.tui.colours import BackgroundQuery
 
-    query = BackgroundQuery()
-    query.ask()  # the terminal answers while Textual is imported, which takes 0.2 s
-    try:
-        from gptedge.tui.app import run
-    except ModuleNotFoundError as e:
-        query.answer()
-        if (e.name or "").partition(".")[0] != "textual":
-            raise
-        raise MissingExtraError("the chat app needs Textual; install gptedge[tui], or use --plain") from None
-    run(bundle, system=system, params=params, threads=threads, provider=provider, saved=saved, query=query)
+    with BackgroundQuery() as query:  # the terminal answers while Textual is imported, which takes 0.2 s
+        try:
+            from gptedge.tui.app import run
+        except ModuleNotFoundError as e:
+            if (e.name or "").partition(".")[0] != "textual":
+                raise
+            raise MissingExtraError("the chat app needs Textual; install gptedge[tui], or use --plain") from None
+        answer = query.answer()
+    run(bundle, system=system, params=params, threads=threads, provider=provider, saved=saved, answer=answer)
 
 
 def _plain(

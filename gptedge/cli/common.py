@@ -85,18 +85,22 @@ def _bar(title: str) -> Iterator[Report]:
     )
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(title, total=None, note="")
-        yield lambda done, total, note="": bar.update(task, completed=done, total=total, note=note)
+
+        def report(done: int, total: int, note: str) -> None:
+            bar.update(task, completed=done, total=total or None, note=note)
+
+        yield report
 
 
 @contextmanager
 def _lines(title: str, every_s: float = 5.0) -> Iterator[Report]:
     shown = time.monotonic()
 
-    def report(done: int, total: int, note: str = "") -> None:
+    def report(done: int, total: int, note: str) -> None:
         nonlocal shown
         if time.monotonic() - shown >= every_s:
             shown = time.monotonic()
-            say(f"{title}: {done}/{total} {note}".rstrip())
+            say(f"{title}: {done}/{total or '?'} {note}".rstrip())
 
     yield report
 

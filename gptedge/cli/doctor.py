@@ -13,7 +13,7 @@ from typing import Any
 from gptedge.cli.common import Json, emit
 
 # extra -> the modules it needs, and the distributions they come from
-_EXTRAS = {
+_EXTRAS: dict[str, dict[str, tuple[str, ...]]] = {
     "cpu": {"onnxruntime": ("onnxruntime", "onnxruntime-gpu")},
     "export": {"onnx": ("onnx",), "gguf": ("gguf",)},
     "quantize": {"onnx": ("onnx",)},

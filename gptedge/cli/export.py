@@ -13,13 +13,15 @@ from gptedge.cli.common import Force, Json, emit, needs, one_of, progress
 
 def command(
     source: Annotated[
-        Path, typer.Argument(metavar="SOURCE", help="A Hugging Face folder, our own checkpoint, or a .gguf.")
+        Path,
+        typer.Argument(metavar="SOURCE", help="A Hugging Face folder, our own checkpoint, a .gguf, or a nanoGPT .pt."),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The bundle's folder.")],
     dtype: Annotated[str, typer.Option(help="How weights are stored: fp32 or fp16.")] = "fp32",
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Compare logits and greedy tokens with the source.")
     ] = True,
+    tokenizer: Annotated[Path | None, typer.Option(help="A tokenizer.json, for a source that brings none.")] = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -28,7 +30,7 @@ def command(
     with needs("export"):
         from gptedge.export.exporter import export
     with progress("export") as report:
-        result = export(source, out, dtype=dtype, verify=verify, force=force, report=report)  # type: ignore[arg-type]
+        result = export(source, out, dtype=dtype, verify=verify, tokenizer=tokenizer, force=force, report=report)  # type: ignore[arg-type]
     value = {**asdict(result), "bundle": str(result.bundle)}
     p = result.parity
     checked = "not verified" if p is None else (

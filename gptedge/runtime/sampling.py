@@ -70,8 +70,8 @@ class Sampler:
 
 
 def softmax(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    e = np.exp(x - x.max())
-    return e / e.sum()
+    e: npt.NDArray[np.float64] = np.exp(x - x.max())
+    return np.divide(e, e.sum())
 
 
 def logprob_of(logits: Logits, token_id: int, n_top: int) -> TokenLogprob:
