@@ -106,7 +106,9 @@ def main() -> None:
             "decode tok/s": steps / statistics.median(rest),
             "peak MB": statistics.median(rss),
         }
-    print(f"{a.bundle}, prompt {a.prompt_tokens}, {a.new_tokens} new, {a.threads} threads, medians of {a.rounds} rounds")
+    print(
+        f"{a.bundle}, prompt {a.prompt_tokens}, {a.new_tokens} new, {a.threads} threads, medians of {a.rounds} rounds"
+    )
     print(f"{'':15}{'gptedge':>10}{'genai':>10}{'ratio':>8}")
     for key, ours in medians["gptedge"].items():
         theirs = medians["genai"][key]

@@ -45,8 +45,8 @@ class AsyncStream:
                 async for chunk in self:
                     yield chunk
             return
-        while (chunk := await asyncio.to_thread(_next, self._stream)) is not None:
-            yield chunk
+        while (part := await asyncio.to_thread(_next, self._stream)) is not None:
+            yield part
 
     def cancel(self) -> None:
         """Stop after the token that is being computed."""

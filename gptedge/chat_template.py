@@ -31,11 +31,10 @@ class ChatTemplate:
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
         """The prompt for `messages`. Raises TokenizerError when the template refuses them."""
-        import jinja2
-
+        compiled = self._compiled
         try:
             return str(
-                self._compiled.render(
+                compiled.render(
                     messages=list(messages),
                     add_generation_prompt=add_generation_prompt,
                     tools=None,
@@ -43,7 +42,7 @@ class ChatTemplate:
                     **self._variables,
                 )
             )
-        except jinja2.TemplateError as e:
+        except Exception as e:  # a template is a program, and can fail in any way
             raise TokenizerError(f"the chat template refuses these messages: {e}") from None
 
     @cached_property

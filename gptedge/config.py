@@ -128,12 +128,19 @@ class SamplingParams:
             value = getattr(self, name)
             if value is None and name in ("seed", "logprobs"):
                 continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-                raise UsageError(f"{name} is {value!r}; it must be a number from {low:g} to {high:g}")
+            whole = name in _WHOLE
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, int if whole else (int, float))
+                or not low <= value <= high
+            ):
+                kind = "a whole number" if whole else "a number"
+                raise UsageError(f"{name} is {value!r}; it must be {kind} from {low:g} to {high:g}")
         if any(not isinstance(s, str) or not s for s in self.stop):
             raise UsageError("stop has an empty string or something that is not a string; leave it out")
 
 
+_WHOLE = ("max_tokens", "top_k", "seed", "logprobs")
 _SAMPLING_BOUNDS: tuple[tuple[str, float, float], ...] = (
     ("max_tokens", 0, 2**31 - 1),
     ("temperature", 0.0, 100.0),

@@ -88,24 +88,23 @@ class Chat:
 
     def prompt_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids of the prompt for a reply to `messages`."""
-        return self._encode(self._model.chat_template.render(messages))
+        return self._encode(self._model.chat_prompt.render(messages))
 
     def _encode(self, text: str) -> list[int]:
         """Text that goes on from the last prompt and reply keeps their very tokens, which are in the cache.
 
         Encoded anew, a reply can come out as other tokens than those the model chose.
         """
-        model, (spoken, ids) = self._model, self._spoken
+        prompt, (spoken, ids) = self._model.chat_prompt, self._spoken
         if spoken and text.startswith(spoken):
-            return [*ids, *model.tokenizer.encode(text[len(spoken) :])]
-        # A template writes the special tokens itself; only one that continues plain text leaves them to the tokenizer.
-        return model.tokenizer.encode(text, add_special_tokens=model.chat_template.is_continuation)
+            return [*ids, *prompt.encode(text[len(spoken) :], continued=True)]
+        return prompt.encode(text)
 
     def _reply(self, messages: list[dict[str, str]], changes: dict[str, Any]) -> Stream:
         from gptedge.model import sampling_params
 
         settings = sampling_params(self.params, changes)
-        text = self._model.chat_template.render(messages)
+        text = self._model.chat_prompt.render(messages)
         ids = self._model.checked_prompt(self._encode(text))
         self._check_idle()
 

@@ -65,6 +65,15 @@ def check_destination(destination: Path, *, force: bool) -> None:
             raise UsageError(f"{destination} is a file, and the output is a folder; choose another output")
 
 
+def user_folder(kind: str) -> Path:
+    """Where this user's `kind` of things are kept: below $GPTEDGE_HOME, or the system's place for a program's data."""
+    if home := os.environ.get("GPTEDGE_HOME"):
+        return Path(home) / kind
+    if os.name == "nt" and (local := os.environ.get("LOCALAPPDATA")):
+        return Path(local) / "gptedge" / kind
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "gptedge" / kind
+
+
 def write_json(path: Path, value: Any) -> None:
     """Pretty JSON with a final newline, UTF-8, keys in the given order: the same value gives the same bytes."""
     Path(path).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

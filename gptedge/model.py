@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from gptedge.bundle import Bundle, open_bundle
+from gptedge.chat_prompt import ChatPrompt
 from gptedge.chat_template import ChatTemplate, load_chat_template
 from gptedge.config import SamplingParams
 from gptedge.conversation import Chat
@@ -74,6 +75,11 @@ class Model:
     @cached_property
     def chat_template(self) -> ChatTemplate:
         return load_chat_template(self.bundle.path)
+
+    @cached_property
+    def chat_prompt(self) -> ChatPrompt:
+        """Turns messages into the token ids of a prompt."""
+        return ChatPrompt(self.chat_template, self.tokenizer)
 
     @property
     def context_length(self) -> int:

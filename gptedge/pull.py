@@ -80,11 +80,7 @@ def pull(name: str, out: Path | None = None, *, force: bool = False, progress: P
 
 def models_folder() -> Path:
     """Where pulled models are kept for this user."""
-    if home := os.environ.get("GPTEDGE_HOME"):
-        return Path(home) / "models"
-    if os.name == "nt" and (local := os.environ.get("LOCALAPPDATA")):
-        return Path(local) / "gptedge" / "models"
-    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "gptedge" / "models"
+    return files.user_folder("models")
 
 
 def _digest(folder: Path, names: list[str]) -> str:

@@ -20,7 +20,7 @@ def import_onnxruntime() -> ModuleType:
             f"onnxruntime cannot be imported ({e}); install gptedge[cpu] or gptedge[cuda]"
         ) from None
     onnxruntime.set_default_logger_severity(3)  # errors only: nothing of ours depends on its warnings
-    return onnxruntime  # type: ignore[no-any-return]
+    return onnxruntime
 
 
 def choose_provider(wanted: str | None, available: list[str]) -> str:

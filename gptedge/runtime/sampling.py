@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gptedge.config import SamplingParams
+from gptedge.errors import UsageError
 
 Logits = npt.NDArray[np.float32]
 
@@ -33,6 +34,8 @@ class Sampler:
         self._seen = np.zeros(vocab_size, bool)
         self._seen[np.asarray(prompt, np.int64)] = True
         self._counts: Counter[int] = Counter()
+        if unknown := next((i for i in params.logit_bias if not 0 <= i < vocab_size), None):
+            raise UsageError(f"logit_bias names the token {unknown}, which is outside the vocabulary of {vocab_size}")
 
     def choose(self, logits: Logits) -> int:
         """The next token's id, from logits [vocab_size]."""

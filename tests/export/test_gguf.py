@@ -13,13 +13,13 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from gptedge.export.sources import gguf_container, open_source
-from gptedge.export.sources.gguf_file import open_gguf
-from gptedge.export.sources.gguf_tokenizer import read_tokenizer
 from tokenizers import Regex as TokenizersRegex
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from gptedge.errors import CheckpointError, GptEdgeError, UnsupportedModelError
+from gptedge.export.sources import gguf_container, open_source
+from gptedge.export.sources.gguf_file import open_gguf
+from gptedge.export.sources.gguf_tokenizer import read_tokenizer
 
 Q = gguf.GGMLQuantizationType
 Arrays = dict[str, np.ndarray]

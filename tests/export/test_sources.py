@@ -15,11 +15,11 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from gptedge.export.sources import open_source
-from gptedge.export.sources.nanogpt import open_nanogpt
 
 from gptedge import families, safetensors
 from gptedge.errors import CheckpointError, UnsupportedModelError
+from gptedge.export.sources import open_source
+from gptedge.export.sources.nanogpt import open_nanogpt
 
 
 def small_gguf(path: Path) -> Path:

@@ -101,13 +101,19 @@ def test_logprobs_are_of_the_model_itself() -> None:
         {"logprobs": -1},
         {"temperature": "hot"},
         {"temperature": True},
+        {"max_tokens": 2.5},
     ],
 )
 def test_bad_values_are_refused_with_value_and_bound(changes: dict[str, object]) -> None:
-    with pytest.raises(UsageError, match="must be a number from|empty string"):
+    with pytest.raises(UsageError, match=r"must be a (whole )?number from|empty string"):
         sampling_params(None, changes)
 
 
 def test_unknown_name_is_refused() -> None:
     with pytest.raises(UsageError, match="'temprature' is not a sampling parameter"):
         sampling_params(None, {"temprature": 1})
+
+
+def test_bias_of_a_token_that_is_not_there() -> None:
+    with pytest.raises(UsageError, match="logit_bias names the token 5"):
+        Sampler(SamplingParams(logit_bias={5: 1.0}), [], 5)

@@ -1,0 +1,84 @@
+"""Running the server: the listening socket, uvicorn, and an orderly end on Ctrl+C or SIGTERM."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+
+import uvicorn
+
+from gptedge.errors import GptEdgeError
+from gptedge.model import Model
+from gptedge.serve.app import build_app
+from gptedge.serve.engine import Engine
+from gptedge.serve.settings import ServerSettings, bracketed
+
+_GRACE_S = 3
+"""How long answers may take to notice that they were cancelled: one token, or one piece of a prompt."""
+_KEEP_ALIVE_S = 75
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket with the address taken, not yet listening. Raises GptEdgeError when somebody else has it."""
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        sock = socket.socket(family, kind, proto)
+    except OSError as e:
+        raise GptEdgeError(
+            f"the host {host!r} cannot be used: {e.strerror or e}; give an address of this machine"
+        ) from None
+    try:
+        if os.name == "posix":  # on Windows it would share the port with a stranger
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+    except OSError as e:
+        sock.close()
+        raise GptEdgeError(f"cannot listen on {host} port {port}: {e.strerror}; choose another with --port") from None
+    return sock
+
+
+def url_of(sock: socket.socket) -> str:
+    host, port = sock.getsockname()[:2]
+    return f"http://{bracketed(host)}:{port}"
+
+
+class Server(uvicorn.Server):
+    """uvicorn, which tells when it listens, and cancels running replies before it waits for answers to end."""
+
+    def __init__(self, model: Model, settings: ServerSettings, on_ready: Callable[[], None] = lambda: None) -> None:
+        self._engine = Engine(model, slots=settings.slots, max_waiting=settings.max_waiting)
+        self._on_ready = on_ready
+        super().__init__(
+            uvicorn.Config(
+                build_app(self._engine, settings),
+                # Named, so that what else is installed changes nothing.
+                http="h11",
+                loop="asyncio",
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                log_level="critical",  # what goes wrong is said by the routes, in one line
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                timeout_keep_alive=_KEEP_ALIVE_S,
+                timeout_graceful_shutdown=_GRACE_S,
+            )
+        )
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._on_ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._engine.close()
+        await super().shutdown(sockets)
+
+    def serve_forever(self, sock: socket.socket) -> None:
+        """Answer until `should_exit`, or until Ctrl+C or SIGTERM, which then raise KeyboardInterrupt."""
+        try:
+            self.run(sockets=[sock])
+        finally:
+            self._engine.close()
+            self._engine.join()

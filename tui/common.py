@@ -1,0 +1,24 @@
+"""What the app and the line by line chat share: wording, and how a reply is made anew. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from gptedge.errors import GptEdgeError
+
+if TYPE_CHECKING:
+    from gptedge import SamplingParams
+
+CONTINUATION = "This model was not taught to chat: it continues your text."
+REGENERATE_TEMPERATURE = 0.7
+
+
+def changes_to_regenerate(params: SamplingParams) -> dict[str, float]:
+    """Sampling parameters for another reply to the same question: greedy decoding would give the same one again."""
+    return {"temperature": REGENERATE_TEMPERATURE} if params.temperature == 0 else {}
+
+
+def one_line(problem: Exception | str) -> str:
+    """What went wrong, as one line; errors that are not ours also say their type."""
+    text = " ".join(str(problem).split())
+    return text if isinstance(problem, (str, GptEdgeError)) else f"{type(problem).__name__}: {text}"
