@@ -1,0 +1,78 @@
+"""The state of a run on disk: enough to go on as if it had never stopped, and never half of it.
+
+    state/run.json  tokenizer.json  train.npy  validation.npy     written once, when the run begins
+    state/step-00000500.pt  step-00001000.pt                      weights, optimizer, random generators, counts
+
+A state is a torch file, read with `weights_only=True`, so that opening one runs no code. Its zip checksums are checked.
+"""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gptedge.errors import CheckpointError
+from gptedge.files import new_file
+
+State = dict[str, Any]
+
+
+def save_state(folder: Path, state: State, *, step: int, keep: int) -> Path:
+    """Write the state of a step, then remove all but the latest `keep`."""
+    path = folder / f"step-{step:08d}.pt"
+    with new_file(path) as work:
+        torch.save(state, work)
+    for old in _states(folder)[:-keep]:
+        old.unlink()
+    return path
+
+
+def load_state(folder: Path, on_message: Callable[[str], None]) -> State:
+    """The latest state that is whole; says which it passed over. Raises CheckpointError when there is none."""
+    damaged: list[Path] = []
+    for path in reversed(_states(folder)):
+        state = _read(path)
+        if state is not None:
+            if damaged:
+                on_message(f"{', '.join(p.name for p in damaged)} is damaged; resuming from {path.name} instead")
+            return state
+        damaged.append(path)
+    found = f"all {len(damaged)} states are damaged" if damaged else "there is no state"
+    raise CheckpointError(f"cannot resume: {found} in {folder}; start again without --resume")
+
+
+def discard_after(folder: Path, step: int) -> None:
+    """Remove states later than `step`: damaged ones that would be found before those still to be written."""
+    for path in _states(folder):
+        if _step_of(path) > step:
+            path.unlink()
+
+
+def latest_state(folder: Path) -> Path | None:
+    """Whole or not; None when there is none."""
+    return max(_states(folder), default=None, key=_step_of)
+
+
+def _states(folder: Path) -> list[Path]:
+    """Oldest first."""
+    return sorted(folder.glob("step-*.pt"), key=_step_of)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.stem.partition("-")[2])
+
+
+def _read(path: Path) -> State | None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip() is not None:
+                return None
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError):
+        return None
+    return state if isinstance(state, dict) else None

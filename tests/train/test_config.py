@@ -1,0 +1,102 @@
+"""Settings of a run: bounds, files, and what presets add."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gptedge.errors import UsageError
+from gptedge.train.config import TrainConfig
+from gptedge.train.presets import PRESETS
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_steps": 0}, r"max_steps is 0; it must be a whole number from 1 to"),
+        ({"max_steps": 1.5}, r"max_steps is 1\.5"),
+        ({"max_steps": True}, r"max_steps is True"),
+        ({"max_seconds": -1}, r"max_seconds is -1; it must be a number from 0\.01"),
+        ({"learning_rate": float("nan")}, r"learning_rate is nan"),
+        ({"learning_rate": 2}, r"learning_rate is 2; it must be a number from 1e-09 to 1"),
+        ({"vocab_size": 256}, r"vocab_size is 256; it must be a whole number from 257"),
+        ({"validation_fraction": 0.9}, r"validation_fraction is 0\.9; .* to 0\.5"),
+        ({"precision": "fp16"}, r"precision is 'fp16'; it must be one of auto, fp32, bf16"),
+        ({"preset": "huge"}, r"preset is 'huge'; it must be one of nano, micro, small, base"),
+        ({"n_embd": 100, "n_head": 3}, r"n_embd is 100; it must be a multiple of n_head, 3"),
+        ({"n_head": 4, "n_kv_head": 3}, r"n_head 4 is not a multiple of n_kv_head 3"),
+        ({"seed": -1}, r"seed is -1"),
+    ],
+)
+def test_values_out_of_bounds_are_refused_with_value_and_bound(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        TrainConfig(**settings)
+
+
+def test_toml_then_overrides(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text('preset = "micro"\nmax_steps = 7\nlearning_rate = 0.002\n')
+    config = TrainConfig.from_toml(path, {"max_steps": 9, "seed": None})
+    assert (config.preset, config.max_steps, config.learning_rate, config.seed) == ("micro", 9, 0.002, 0)
+    assert TrainConfig.from_dict(config.to_dict(), where="here") == config
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("max_step = 7", r"run\.toml: 'max_step' is not a setting; did you mean 'max_steps'\?"),
+        ("[model]\nn_layer = 2", r"'model' is not a setting"),
+        ("max_steps = ", r"run\.toml cannot be read"),
+        ("max_steps = 'many'", r"max_steps is 'many'"),
+    ],
+)
+def test_a_broken_toml_file_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=message):
+        TrainConfig.from_toml(path)
+
+
+def test_missing_toml_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"none\.toml cannot be read"):
+        TrainConfig.from_toml(tmp_path / "none.toml")
+
+
+def test_what_is_set_replaces_the_presets() -> None:
+    assert TrainConfig().recipe == PRESETS["nano"]
+    recipe = TrainConfig(preset="micro", n_layer=3, learning_rate=0.5).recipe
+    assert (recipe.n_layer, recipe.learning_rate, recipe.n_embd) == (3, 0.5, PRESETS["micro"].n_embd)
+
+
+def test_the_number_of_steps() -> None:
+    assert TrainConfig().step_limit == PRESETS["nano"].max_steps
+    assert TrainConfig(max_steps=5).step_limit == 5
+    assert TrainConfig(max_seconds=5).step_limit is None
+    assert TrainConfig(max_seconds=5, max_steps=6).step_limit == 6
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_llamas_that_quantize_in_whole_blocks(name: str) -> None:
+    preset = PRESETS[name]
+    model = preset.model(vocab_size=preset.vocab_size)
+    assert model.head_dim in (32, 64)
+    assert [n % 64 for n in (model.n_embd, model.n_ff, model.q_size, model.kv_size)] == [0, 0, 0, 0]
+    assert model.n_kv_head < model.n_head
+    assert model.tie_embeddings
+
+
+def test_presets_grow() -> None:
+    sizes = [preset.parameters for preset in PRESETS.values()]
+    assert sizes == sorted(sizes)
+    assert 2_000_000 < sizes[0] < 6_000_000
+    assert sizes[-1] > 80_000_000
+
+
+def test_the_settings_need_no_torch() -> None:
+    """The command line reads them for its help."""
+    code = "import sys, gptedge.train.config; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

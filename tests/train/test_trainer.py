@@ -1,0 +1,174 @@
+"""The loop itself: what it decays, that it learns, how it ends."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from gptedge.config import ModelConfig
+from gptedge.errors import TrainingError
+from gptedge.train.config import TrainConfig
+from gptedge.train.data import TokenData
+from gptedge.train.model import GPT
+from gptedge.train.state import load_state
+from gptedge.train.trainer import (
+    StepReport,
+    Trainer,
+    choose_precision,
+    deferred_interrupt,
+    parameter_groups,
+    validation_loss,
+)
+
+MakeTrainer = Callable[..., Trainer]
+
+
+@pytest.fixture
+def make(tiny: TrainConfig, tmp_path: Path) -> MakeTrainer:
+    def make(*, tokens: int = 2000, **changes: object) -> Trainer:
+        config = replace(tiny, **changes)
+        torch.manual_seed(config.seed)
+        stream = np.random.default_rng(0).integers(0, 300, tokens).astype(np.uint16)
+        data = TokenData(stream, stream[:100])
+        model = GPT(config.recipe.model(vocab_size=300))
+        return Trainer(config, model, data, folder=tmp_path, metrics=tmp_path / "metrics.jsonl")
+
+    return make
+
+
+def lines(trainer: Trainer) -> list[dict[str, float]]:
+    return [json.loads(line) for line in trainer.metrics.read_text().splitlines()]
+
+
+def test_only_matrices_decay_and_tables_learn_faster() -> None:
+    config = ModelConfig(
+        n_layer=1,
+        n_head=2,
+        n_kv_head=1,
+        n_embd=16,
+        head_dim=8,
+        n_ff=24,
+        vocab_size=50,
+        context_length=9,
+        norm="layer",
+        position="learned",
+        gated=False,
+        qkv_bias=True,
+        out_bias=True,
+        mlp_bias=True,
+        tie_embeddings=False,
+    )
+    model = GPT(config)
+    names = {id(p): name for name, p in model.named_parameters()}
+    matrices, vectors, tables = parameter_groups(model, TrainConfig(weight_decay=0.2, embedding_scale=3.0))
+    assert [group["weight_decay"] for group in (matrices, vectors, tables)] == [0.2, 0.0, 0.0]
+    assert [group["scale"] for group in (matrices, vectors, tables)] == [1.0, 1.0, 3.0]
+    b = "blocks.0"
+    multiplying = [f"{b}.attn.{n}.weight" for n in "qkvo"] + [f"{b}.mlp.{n}.weight" for n in ("up", "down")]
+    assert {names[id(p)] for p in matrices["params"]} == {*multiplying, "head.weight"}
+    assert {names[id(p)] for p in tables["params"]} == {"embed.weight", "position.weight"}
+    assert sum(len(group["params"]) for group in (matrices, vectors, tables)) == len(names)
+
+
+def test_the_schedule_reaches_every_group(make: MakeTrainer) -> None:
+    trainer = make(max_steps=1, embedding_scale=3.0)
+    trainer.train(lambda report: None)
+    rates = [group["lr"] for group in trainer.optimizer.param_groups]
+    assert rates == pytest.approx([5e-4, 5e-4, 15e-4])  # the last step's: a twentieth of the highest
+
+
+def test_one_batch_is_learned_by_heart(make: MakeTrainer) -> None:
+    """17 tokens are one window of 16, drawn at every step."""
+    trainer = make(tokens=17, max_steps=80)
+    trainer.train(lambda report: None)
+    losses = [line["loss"] for line in lines(trainer)]
+    assert losses[0] == pytest.approx(math.log(300), abs=0.2)
+    assert losses[-1] < 0.05
+
+
+def test_reports_and_metrics_say_the_same(make: MakeTrainer) -> None:
+    trainer, reports = make(), list[StepReport]()
+    trainer.train(reports.append)
+    assert [vars(report) for report in reports] == lines(trainer)
+    assert [report.step for report in reports] == list(range(1, 21))
+    assert [report.step for report in reports if report.val_loss is not None] == [6, 12, 18, 20]
+    assert trainer.held_out is not None
+    assert reports[-1].val_loss == validation_loss(trainer.model, trainer.held_out)
+    assert reports[-1].learning_rate == pytest.approx(0.05 * 1e-2)
+    assert trainer.tokens_seen == 20 * 4 * 16
+
+
+def test_with_a_bound_on_time_the_learning_rate_is_low_when_it_is_up(make: MakeTrainer) -> None:
+    trainer, reports = make(max_steps=None, max_seconds=1.0, eval_every=1000), list[StepReport]()
+    trainer.train(reports.append)
+    assert len(reports) > 5
+    assert 1.0 <= trainer.elapsed_s < 3.0
+    assert reports[-1].val_loss is not None
+    assert max(report.learning_rate for report in reports) == pytest.approx(1e-2, rel=0.2)
+    assert reports[-1].learning_rate < 0.4 * 1e-2
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_ends_training_and_keeps_the_last_state(
+    make: MakeTrainer, bad: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make()
+    honest, calls = GPT.loss, list[int]()
+
+    def loss(self: GPT, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return honest(self, ids, targets) * (bad if trainer.step == 12 else 1.0)
+
+    monkeypatch.setattr(GPT, "loss", loss)
+    with pytest.raises(TrainingError, match=r"step 13: .*step-00000010\.pt is kept; .*lower learning_rate than 0\.01"):
+        trainer.train(lambda report: None)
+    assert len(calls) > 12
+    assert load_state(trainer.folder, print)["step"] == 10
+    assert all(p.isfinite().all() for p in trainer.model.parameters())
+
+
+def test_interrupts_wait_and_are_seen_and_a_second_one_does_not_wait() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with deferred_interrupt() as interrupted:
+        assert not interrupted()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interrupted()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_training_works_outside_the_main_thread(make: MakeTrainer) -> None:
+    trainer = make(max_steps=2)
+    thread = threading.Thread(target=trainer.train, args=(lambda report: None,))
+    thread.start()
+    thread.join()
+    assert trainer.step == 2
+
+
+def test_precision_follows_the_processor_unless_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    for has_amx, expected in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda has_amx=has_amx: has_amx)
+        assert choose_precision("auto") == expected
+        assert [choose_precision(p) for p in ("fp32", "bf16")] == ["fp32", "bf16"]
+
+
+def test_bf16_learns_like_fp32(make: MakeTrainer) -> None:
+    losses = []
+    for precision in ("fp32", "bf16"):
+        trainer = make(precision=precision, save_every=0)
+        trainer.train(lambda report: None)
+        assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
+        losses.append(trainer.val_loss)
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.01)
