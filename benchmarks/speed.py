@@ -2,8 +2,8 @@
 
     python benchmarks/speed.py BUNDLE [--rounds 5] [--prompt-tokens 512] [--new-tokens 128] [--threads 2]
 
-Makes an environment for the peer under build/, since its requirements are its own. Prints medians, the ratio between the
-two, and whether their greedy tokens are the same. It compares runners, not weights: those are one file.
+Makes an environment for the peer under build/, since its requirements are its own. Prints medians, the ratio between
+the two, and whether their greedy tokens are the same. It compares runners, not weights: those are one file.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ while not generator.is_done():
     out.append(int(generator.get_next_tokens()[0]))
     first = first or time.perf_counter()
 end = time.perf_counter()
-print(json.dumps([loaded - start, first - loaded, end - first, out, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3]))
+peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+print(json.dumps([loaded - start, first - loaded, end - first, out, peak_mb]))
 """
 
 
@@ -106,9 +107,8 @@ def main() -> None:
             "decode tok/s": steps / statistics.median(rest),
             "peak MB": statistics.median(rss),
         }
-    print(
-        f"{a.bundle}, prompt {a.prompt_tokens}, {a.new_tokens} new, {a.threads} threads, medians of {a.rounds} rounds"
-    )
+    print(f"{a.bundle}, medians of {a.rounds} rounds")
+    print(f"prompt of {a.prompt_tokens} tokens, {a.new_tokens} new ones, {a.threads} threads")
     print(f"{'':15}{'gptedge':>10}{'genai':>10}{'ratio':>8}")
     for key, ours in medians["gptedge"].items():
         theirs = medians["genai"][key]

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 import onnx
-from gptedge.export.graph import Graph
 
 from gptedge.config import ModelConfig, rope_frequencies
+from gptedge.export.graph import Graph
 from gptedge.graph_io import (
     ATTENTION_MASK,
     FIRST_LOGIT,

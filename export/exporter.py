@@ -8,16 +8,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from gptedge.bundle import GENAI_CONFIG, GRAPH, GRAPH_DATA, open_bundle, write_manifest
+from gptedge.checkpoint import CONFIG, GENERATION_CONFIG, TOKENIZER, Checkpoint
+from gptedge.config import ModelConfig
+from gptedge.errors import CheckpointError, UnsupportedModelError
 from gptedge.export import parity as parity_check
 from gptedge.export.decoder import Report, build, silent
 from gptedge.export.genai import genai_config
 from gptedge.export.reference import Reference
 from gptedge.export.sources import open_source
-
-from gptedge.bundle import GENAI_CONFIG, GRAPH, GRAPH_DATA, open_bundle, write_manifest
-from gptedge.checkpoint import CONFIG, GENERATION_CONFIG, TOKENIZER, Checkpoint
-from gptedge.config import ModelConfig
-from gptedge.errors import CheckpointError, UnsupportedModelError
 from gptedge.files import check_destination, new_folder, write_json
 from gptedge.measure import peak_rss_mb
 from gptedge.onnx_file import WeightFile, save_graph

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx
-from gptedge.quantize.recipes import Recipe, Scheme
 from onnx import NodeProto, TensorProto, helper
 
 from gptedge.onnx_file import MICROSOFT
+from gptedge.quantize.recipes import Recipe, Scheme
 
 ACCURACY_LEVEL = 4
 """MatMulNBits with 8-bit activations; at lower levels, 8-bit weights would be widened at each call."""

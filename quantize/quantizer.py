@@ -12,9 +12,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import onnx
-from gptedge.quantize.passes import Target, find_targets, rewrite
-from gptedge.quantize.recipes import RECIPES
-from gptedge.quantize.rounding import Blocks, quantize_rows
 from onnx import TensorProto
 
 from gptedge.bundle import GRAPH, GRAPH_DATA, MANIFEST, Bundle, open_bundle, verify, write_manifest
@@ -22,6 +19,9 @@ from gptedge.errors import BundleError, UsageError
 from gptedge.files import check_destination, new_folder
 from gptedge.measure import peak_rss_mb
 from gptedge.onnx_file import WeightFile, load_graph, read_initializer, save_graph
+from gptedge.quantize.passes import Target, find_targets, rewrite
+from gptedge.quantize.recipes import RECIPES
+from gptedge.quantize.rounding import Blocks, quantize_rows
 from gptedge.runtime.onnx_runtime import default_threads
 
 Report = Callable[[int, int, str], None]

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
 from gptedge.quantize.recipes import Scheme
 
 FloatArray = npt.NDArray[np.float32]

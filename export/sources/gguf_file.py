@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gptedge.export.sources import gguf_container
-from gptedge.export.sources.gguf_tokenizer import GgufTokenizer, read_tokenizer
 
 from gptedge.checkpoint import CHAT_TEMPLATE, GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG, Checkpoint
 from gptedge.errors import CheckpointError, UnsupportedModelError
+from gptedge.export.sources import gguf_container
+from gptedge.export.sources.gguf_tokenizer import GgufTokenizer, read_tokenizer
 from gptedge.safetensors import FloatArray, Tensor
 
 Metadata = Mapping[str, Any]

@@ -207,10 +207,12 @@ BAD_SOURCES: dict[str, tuple[Make, int, str]] = {
     "truncated": (truncated, 1, "is cut short"),
     "empty folder": (lambda c, at: at.mkdir() or at, 1, "config.json"),
     "unknown architecture": (
-        lambda c, at: changed_config(c, at, architectures=["WhaleForCausalLM"], model_type="whale"), 5, "WhaleForCausalLM",
+        lambda c, at: changed_config(c, at, architectures=["WhaleForCausalLM"]), 5, "WhaleForCausalLM",
     ),
     "unknown rope scaling": (lambda c, at: changed_config(c, at, rope_scaling={"rope_type": "yarn"}), 5, "'yarn'"),
-    "head_dim without a kernel": (lambda c, at: changed_config(c, at, head_dim=8, num_attention_heads=12, num_key_value_heads=4), 5, "head_dim 8"),
+    "head_dim without a kernel": (
+        lambda c, at: changed_config(c, at, head_dim=8, num_attention_heads=12, num_key_value_heads=4), 5, "head_dim 8",
+    ),
     "wrong shape": (lambda c, at: changed_config(c, at, intermediate_size=151), 1, "implies [151, 84]"),
     "missing layer": (lambda c, at: changed_config(c, at, num_hidden_layers=4), 1, "has no tensor model.layers.3"),
     "unused layer": (lambda c, at: changed_config(c, at, num_hidden_layers=2), 1, "does not use"),

@@ -1,4 +1,4 @@
-"""The exported graph against PyTorch's GPT and Hugging Face's transformers: full prefill, chunks, and cached decoding."""
+"""The exported graph against PyTorch's GPT and Hugging Face's transformers: prefill, chunks, cached decoding."""
 
 from __future__ import annotations
 

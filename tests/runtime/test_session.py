@@ -108,9 +108,13 @@ def cut(bundle: Path) -> None:
     (bundle / GRAPH_DATA).write_bytes(data[: len(data) // 2])
 
 
-def escape(bundle: Path) -> None:
+def replace_text(bundle: Path, old: str, new: str) -> None:
     text = (bundle / MANIFEST).read_text()
-    (bundle / MANIFEST).write_text(text.replace('"config.json": {', '"../config.json": {'))
+    (bundle / MANIFEST).write_text(text.replace(old, new))
+
+
+def escape(bundle: Path) -> None:
+    replace_text(bundle, '"config.json": {', '"../config.json": {')
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -120,7 +124,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing graph": (lambda b: (b / "model.onnx").unlink(), "is not a bundle: model.onnx is missing"),
     "manifest not JSON": (lambda b: (b / MANIFEST).write_text("{"), "cannot be read as JSON"),
     "manifest of the future": (
-        lambda b: (b / MANIFEST).write_text((b / MANIFEST).read_text().replace('"format_version": 1', '"format_version": 9')),
+        lambda b: replace_text(b, '"format_version": 1', '"format_version": 9'),
         "bundle format 9",
     ),
     "name outside": (escape, "lies outside the folder"),
