@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Collection, Sequence
+from functools import cached_property
 from itertools import pairwise
+from operator import add
 from typing import Any
 
 from gptedge.errors import TokenizerError
@@ -33,7 +35,7 @@ Ranks = dict[tuple[int, int], int]
 class BPE(dict[str, Sequence[int]]):
     """A mapping from words to ids that computes what it lacks: `ids += bpe[word]` is one lookup for a known word.
 
-    `banned` ids are never produced, except the unknown token's.
+    `banned` ids are never produced, except the unknown token's and those of byte fallback.
     """
 
     def __init__(self, block: Block, *, byte_level: bool, banned: Collection[int] = ()) -> None:
@@ -49,9 +51,7 @@ class BPE(dict[str, Sequence[int]]):
         self._suffix = field(block, "end_of_word_suffix", str, _WHERE, "")
         if block.get("dropout"):
             raise TokenizerError(f"{_WHERE}: 'dropout' is {block['dropout']!r}, and only null is supported")
-        self._ranks, self._merged = read_merges(block, self.vocab, self._prefix)
-        if banned:
-            self._ranks = {pair: rank for pair, rank in self._ranks.items() if self._merged[rank] not in self._banned}
+        self._lefts, self._rights, self._merged = read_merges(block, self.vocab, len(self._prefix))
 
     def __missing__(self, word: str) -> Sequence[int]:
         ids = self._encode(bytes_as_characters(word) if self._byte_level else word)
@@ -61,10 +61,19 @@ class BPE(dict[str, Sequence[int]]):
             self[word] = ids
         return ids
 
+    @cached_property
+    def _ranks(self) -> Ranks:
+        """Pair of ids → rank; a pair listed twice has its last rank. Made at the first word: loading is a third faster."""
+        ranks = {pair: rank for rank, pair in enumerate(zip(self._lefts, self._rights, strict=True))}
+        return (
+            {p: rank for p, rank in ranks.items() if self._merged[rank] not in self._banned} if self._banned else ranks
+        )
+
     def avoiding(self, ids: Collection[int]) -> BPE:
         """A model that produces none of `ids` from text: this one, where it cannot produce them anyway."""
         reachable = set(self._merged)
-        reachable |= {i for token, i in self.vocab.items() if len(token) == 1 or self._ignore_merges}
+        whole_words = self._ignore_merges or self._prefix or self._suffix
+        reachable |= {i for token, i in self.vocab.items() if len(token) == 1 or whole_words}
         if reachable.isdisjoint(ids):
             return self
         return BPE(self._block, byte_level=self._byte_level, banned=ids)
@@ -176,16 +185,22 @@ def read_vocab(block: Block) -> Vocab:
     return vocab
 
 
-def read_merges(block: Block, vocab: Vocab, prefix: str) -> tuple[Ranks, list[int]]:
-    """Pair of ids → rank, and the id that each rank produces. A pair listed twice has its last rank."""
+def read_merges(block: Block, vocab: Vocab, skip: int) -> tuple[list[int], list[int], list[int]]:
+    """By rank: the ids of the left parts, of the right parts, and of what each merge makes.
+
+    `skip` characters of a right part, the prefix of inner subwords, are left out of what the merge makes.
+    """
     merges = field(block, "merges", list, _WHERE)
     if merges and isinstance(merges[0], str):
         merges = _split_merges(merges)
-    skip = len(prefix)
+    if set(map(type, merges)) - {list} or set(map(len, merges)) - {2}:
+        raise _first_wrong_merge(merges, vocab, skip)
+    lefts, rights = zip(*merges, strict=True) if merges else ((), ())
+    id_of = vocab.__getitem__
     try:
-        merged = [vocab[a + b[skip:]] for a, b in merges]
-        return {(vocab[a], vocab[b]): i for i, (a, b) in enumerate(merges)}, merged
-    except (KeyError, TypeError, ValueError):
+        tails = [right[skip:] for right in rights] if skip else rights
+        return list(map(id_of, lefts)), list(map(id_of, rights)), list(map(id_of, map(add, lefts, tails)))
+    except (KeyError, TypeError):
         raise _first_wrong_merge(merges, vocab, skip) from None
 
 

@@ -80,7 +80,7 @@ class Tokenizer:
         """Token ids of `text`, as `tokenizers` gives them.
 
         `add_special_tokens` puts around them what the file's post-processor says. With `parse_special` false a special
-        token's text is encoded as ordinary text and no special id comes out, except the unknown token's.
+        token's text is encoded as ordinary text; no special id comes out but the unknown token's and byte fallback's.
         Raises DataError for a lone surrogate, which no UTF-8 text can hold.
         """
         check_scalars(text)

@@ -4,8 +4,8 @@ Does: the full alphabet of 256 bytes, counts of distinct words, then merges of t
 one count, the one with the smaller ids. Counts are updated where a merge changed them; the queue is corrected lazily.
 Does not: limit the alphabet, or learn from special tokens' text differently than from any other text.
 
-A pair may stand in the queue more than once, each time with the words in which it arose (when two merges give the same
-token, its pairs arise twice). `BpeTrainer` works so, and the same merges come out only if this does too.
+A pair arises only when one of its tokens is made, and a token is made by one merge; so a pair enters the queue once,
+with all the words that hold it, and later merges can only lower its count.
 """
 
 from __future__ import annotations
@@ -83,28 +83,26 @@ class _Merger:
         self._words = [[id_of[b] for b in word.encode()] for word in counts]
         self._counts = list(counts.values())
         self._pair_counts: defaultdict[Pair, int] = defaultdict(int)
-        self._queue: list[tuple[int, Pair, int, list[int]]] = []  # -count, pair, number of the entry, words
-        self._entries = 0
+        self._queue: list[tuple[int, Pair, list[int]]] = []  # -count, pair, words that hold it
 
     def run(self, progress: Progress | None = None) -> list[Pair]:
-        """Extend the vocabulary; give the merges in order, a repeated one at its last place."""
+        """Extend the vocabulary; give the merges in order."""
         self._push(self._count_pairs())
-        merges: dict[Pair, None] = {}
+        merges: list[Pair] = []
         start = len(self._vocab)
         while len(self._vocab) < self._size and self._queue:
-            negative, pair, number, words = heapq.heappop(self._queue)
+            negative, pair, words = heapq.heappop(self._queue)
             count = self._pair_counts[pair]
             if count != -negative:
-                heapq.heappush(self._queue, (-count, pair, number, words))
+                heapq.heappush(self._queue, (-count, pair, words))
                 continue
             if count < self._floor:
                 break
-            merges.pop(pair, None)
-            merges[pair] = None
+            merges.append(pair)
             self._push(self._merge(pair, self._token_of(pair), words))
             if progress is not None:
                 progress(len(self._vocab) - start, self._size - start)
-        return list(merges)
+        return merges
 
     def _count_pairs(self) -> dict[Pair, list[int]]:
         """Count every pair; give the words that hold it, each once."""
@@ -121,8 +119,7 @@ class _Merger:
         for pair, words in places.items():
             count = self._pair_counts[pair]
             if count > 0:
-                heapq.heappush(self._queue, (-count, pair, self._entries, words))
-                self._entries += 1
+                heapq.heappush(self._queue, (-count, pair, words))
 
     def _token_of(self, pair: Pair) -> int:
         token = self._tokens[pair[0]] + self._tokens[pair[1]]

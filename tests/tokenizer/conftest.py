@@ -346,7 +346,7 @@ def sources() -> dict[str, dict[str, Any]]:
         | {
             "normalizer": sequence("normalizers", {"type": "NFKC"}, {"type": "Lowercase"}),
             "pre_tokenizer": pre({"type": "Whitespace"}, {"type": "Digits", "individual_digits": False}),
-            "model": subword_model(),
+            "model": subword_model() | {"fuse_unk": True},
             "added_tokens": [added("<unk>"), added("Word", special=False, normalized=True)],
         },
         "decomposed": bytes_base

@@ -63,8 +63,7 @@ def test_repeats_and_overlaps():
     check(["aaaa aaaaa aaaaaaa a aa aaa", "abababab babab ababa" * 3, "\n" * 37 + " " * 53], 400, min_frequency=0)
 
 
-def test_the_same_token_from_two_pairs():
-    """Few letters and many merges: tokens arise from several pairs, and pairs arise anew."""
+def test_few_letters_and_many_merges():
     rng = random.Random(8)
     for seed in range(6):
         words = ["".join(rng.choices("ab", k=rng.randrange(1, 14))) for _ in range(200 + 100 * seed)]
@@ -79,6 +78,15 @@ def test_cjk():
 
 def test_special_tokens_that_are_bytes_or_merges():
     check(["the then them there a a a"] * 5, 290, special=["a", "the", "<s>"])
+
+
+@pytest.mark.parametrize("min_frequency", [1, 2, 3, 4])
+def test_stops_at_the_smallest_frequency(min_frequency):
+    words = ["tree", "trees", "street", "steer", "reset", "rest"]
+    ours = check(
+        [" ".join(word for i, word in enumerate(words) for _ in range(i + 1))], 5000, min_frequency=min_frequency
+    )
+    assert ours.vocab_size < 5000
 
 
 def test_runs_out_of_pairs_before_the_size_is_reached():
