@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gptedge.cli.common import Json, Provider, Threads
+from gptedge.cli.common import (
+    Json,
+    MaxTokens,
+    MinP,
+    Provider,
+    RepetitionPenalty,
+    Seed,
+    Temperature,
+    Threads,
+    TopK,
+    TopP,
+)
 from gptedge.config import SamplingParams
 from gptedge.errors import MissingExtraError, UsageError
 
@@ -28,13 +39,13 @@ def command(
     plain: Annotated[bool, typer.Option("--plain", help="Line by line, without an app; so it is in a pipe.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the last conversation.")] = False,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
-    max_tokens: Annotated[int, typer.Option(help="Most tokens of a reply.")] = _D.max_tokens,
-    temperature: Annotated[float, typer.Option(help="0 is greedy decoding.")] = _D.temperature,
-    top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")] = _D.top_k,
-    top_p: Annotated[float, typer.Option(help="Nucleus sampling.")] = _D.top_p,
-    min_p: Annotated[float, typer.Option(help="Least likelihood relative to the likeliest token.")] = _D.min_p,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1 discourages repeating.")] = _D.repetition_penalty,
-    seed: Annotated[int | None, typer.Option(help="Same seed, same text.")] = _D.seed,
+    max_tokens: MaxTokens = _D.max_tokens,
+    temperature: Temperature = _D.temperature,
+    top_k: TopK = _D.top_k,
+    top_p: TopP = _D.top_p,
+    min_p: MinP = _D.min_p,
+    repetition_penalty: RepetitionPenalty = _D.repetition_penalty,
+    seed: Seed = _D.seed,
     threads: Threads = None,
     provider: Provider = None,
     as_json: Json = False,

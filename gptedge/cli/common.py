@@ -20,6 +20,15 @@ Threads = Annotated[int | None, typer.Option(help="Cores to compute on (default:
 Provider = Annotated[str | None, typer.Option(help="cpu or cuda (default: the best there is).")]
 BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder made by export or quantize.")]
 
+# SamplingParams, as options; their defaults stand there.
+MaxTokens = Annotated[int, typer.Option(help="Most tokens of a reply.")]
+Temperature = Annotated[float, typer.Option(help="0 is greedy decoding.")]
+TopK = Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")]
+TopP = Annotated[float, typer.Option(help="Nucleus sampling.")]
+MinP = Annotated[float, typer.Option(help="Least likelihood relative to the likeliest token.")]
+RepetitionPenalty = Annotated[float, typer.Option(help="Above 1 discourages repeating.")]
+Seed = Annotated[int | None, typer.Option(help="Same seed, same text.")]
+
 Report = Callable[[int, int, str], None]
 """report(done, total, note)"""
 

@@ -8,7 +8,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gptedge.cli.common import BundleArgument, Json, Provider, Threads
+from gptedge.cli.common import (
+    BundleArgument,
+    Json,
+    MaxTokens,
+    MinP,
+    Provider,
+    RepetitionPenalty,
+    Seed,
+    Temperature,
+    Threads,
+    TopK,
+    TopP,
+)
 from gptedge.config import SamplingParams
 from gptedge.errors import UsageError
 from gptedge.text import decode_utf8
@@ -22,13 +34,13 @@ _D = SamplingParams()
 def command(
     bundle: BundleArgument,
     prompt: Annotated[str | None, typer.Argument(help="The prompt; - or nothing reads it from standard input.")] = None,
-    max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = _D.max_tokens,
-    temperature: Annotated[float, typer.Option(help="0 is greedy decoding.")] = _D.temperature,
-    top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")] = _D.top_k,
-    top_p: Annotated[float, typer.Option(help="Nucleus sampling.")] = _D.top_p,
-    min_p: Annotated[float, typer.Option(help="Least likelihood relative to the likeliest token.")] = _D.min_p,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1 discourages repeating.")] = _D.repetition_penalty,
-    seed: Annotated[int | None, typer.Option(help="Same seed, same text.")] = _D.seed,
+    max_tokens: MaxTokens = _D.max_tokens,
+    temperature: Temperature = _D.temperature,
+    top_k: TopK = _D.top_k,
+    top_p: TopP = _D.top_p,
+    min_p: MinP = _D.min_p,
+    repetition_penalty: RepetitionPenalty = _D.repetition_penalty,
+    seed: Seed = _D.seed,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")] = None,
     chat: Annotated[
         bool, typer.Option("--chat", help="The prompt is a user's message: use the chat template.")
