@@ -63,11 +63,11 @@ class BPE(dict[str, Sequence[int]]):
 
     @cached_property
     def _ranks(self) -> Ranks:
-        """Pair of ids → rank; a pair listed twice has its last rank. Made at the first word: loading is a third faster."""
-        ranks = {pair: rank for rank, pair in enumerate(zip(self._lefts, self._rights, strict=True))}
-        return (
-            {p: rank for p, rank in ranks.items() if self._merged[rank] not in self._banned} if self._banned else ranks
-        )
+        """Pair of ids → rank, the last one for a pair listed twice. Made at the first word: a third of loading time."""
+        ranks = dict(zip(zip(self._lefts, self._rights, strict=True), range(len(self._merged)), strict=True))
+        if not self._banned:
+            return ranks
+        return {pair: rank for pair, rank in ranks.items() if self._merged[rank] not in self._banned}
 
     def avoiding(self, ids: Collection[int]) -> BPE:
         """A model that produces none of `ids` from text: this one, where it cannot produce them anyway."""
