@@ -2,7 +2,7 @@
 
 Does: NFC, NFD, NFKC, NFKD, Lowercase, Strip, Prepend, Replace and Sequence, with the results of `tokenizers`, whose
 normalization tables are Unicode 9 and whose lower-casing ignores context. Python's newer tables are held back by
-treating characters that version 9 does not know as boundaries (unicode_tables.inert).
+treating characters that version 9 does not know as boundaries (unicode_tables.split_at_inert).
 Does not: track offsets. Only "does this still begin where the original text began" is kept, because the Metaspace
 pre-tokenizer asks for it.
 """
@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from gptedge.tokenizer.fields import Block, field, kind, pattern, unsupported
 from gptedge.tokenizer.patterns import compile_pattern, find_spans
-from gptedge.tokenizer.unicode_tables import LOWERCASE, SPACES, hide, inert
+from gptedge.tokenizer.unicode_tables import LOWERCASE, SPACES, hide, split_at_inert
 
 # Text and "begins at the original's first character", and the same after normalization.
 Normalizer = Callable[[str, bool], tuple[str, bool]]
@@ -48,9 +48,7 @@ def _unicode(form: Literal["NFC", "NFD", "NFKC", "NFKD"]) -> Callable[[Block], N
     def normalize(text: str) -> str:
         if text.isascii():
             return text
-        if inert().search(text) is None:
-            return unicodedata.normalize(form, text)
-        parts = inert().split(text)  # text, boundary, text, …
+        parts = split_at_inert(text)
         parts[::2] = [unicodedata.normalize(form, part) for part in parts[::2]]
         return "".join(parts)
 
