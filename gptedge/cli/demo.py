@@ -20,9 +20,9 @@ def command(
 ) -> None:
     """Train, export, quantize and chat, in one go."""
     with needs("all"):
-        import onnx  # noqa: F401  (asked for now, rather than after two minutes of training)
-        import torch  # noqa: F401
-
+        # Asked for now, rather than after two minutes of training.
+        import gptedge.export.exporter
+        import gptedge.train.trainer  # noqa: F401
         from gptedge import demo
     result = demo.run(out, _Terminal(), train_seconds=train_seconds or demo.TRAIN_SECONDS)
     head = ["bundle", "MB", "perplexity", "KL", "tokens/s"]
