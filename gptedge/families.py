@@ -5,6 +5,7 @@ Everything after this module uses gptedge's own names, whose shapes are those of
     embed.weight [vocab, n_embd]     position.weight [context, n_embd]   (learned positions only)
     blocks.{i}.attn_norm.weight      blocks.{i}.attn.{q,k,v,o}.weight    blocks.{i}.attn.{q,k}_norm.weight
     blocks.{i}.mlp_norm.weight       blocks.{i}.mlp.{gate,up,down}.weight
+    blocks.{i}.{attn,mlp}_post_norm.weight                               (where outputs are normalised)
     norm.weight                      head.weight [vocab, n_embd]         (absent when tied)
 
 and .bias beside a .weight where the family has one. A new family is a new row, not a new branch.
@@ -12,8 +13,8 @@ and .bias beside a .weight where the family has one. A new family is a new row, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -31,9 +32,13 @@ class Part:
 
     name: str
     rows: str = ""
-    """The part of a fused matrix's output rows: q, k or v of one qkv matrix; empty is all of them."""
+    """The part of a fused matrix's output rows: q, k or v of one qkv matrix, gate or up of one; empty is all of them."""
+    per_head: bool = False
+    """The fused parts alternate head by head: q, k and v of the first head, then of the second (GPT-NeoX)."""
     transpose: bool = False
     """Stored as [in, out] (GPT-2's Conv1D)."""
+    plus: float = 0.0
+    """Added to what is stored; with no name, nothing is, and this is all."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,22 @@ _ACTIVATIONS: dict[str, Activation] = {
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
+    "relu2": "relu2",
+}
+
+# Options that change what is computed -> the values that change nothing. A row that implements one names it `handled`.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "attention_bias": (False,),
+    "attention_chunk_size": (0,),
+    "attn_logit_softcapping": (0.0,),
+    "clip_qkv": (),
+    "final_logit_softcapping": (0.0,),
+    "logit_scale": (1.0,),
+    "mlp_bias": (False,),
+    "partial_rotary_factor": (1.0,),
+    "sliding_window": (),
+    "use_bidirectional_attention": (False,),
+    "use_parallel_residual": (False,),
 }
 
 
@@ -73,6 +94,21 @@ def _activation(c: HfConfig, key: str) -> Activation:
     if name not in _ACTIVATIONS:
         raise UnsupportedModelError(f"activation {name!r} is not supported; known are {', '.join(_ACTIVATIONS)}")
     return _ACTIVATIONS[name]
+
+
+def _refuse(c: HfConfig, handled: Sequence[str]) -> None:
+    """UnsupportedModelError for an option that would change what is computed, other than those `handled`."""
+    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
+    for key, neutral in _NEUTRAL.items():
+        value = c.get(key, rope.get(key))
+        if key not in handled and value is not None and value not in neutral and not _idle_window(c, key):
+            raise UnsupportedModelError(f"{key} {value!r} is not supported for {c.get('model_type', 'this family')}")
+
+
+def _idle_window(c: HfConfig, key: str) -> bool:
+    """Whether this option is a sliding window that is switched off, or holds the whole context."""
+    off = not c.get("use_sliding_window", True)
+    return key == "sliding_window" and (off or int(c[key]) >= int(c.get("max_position_embeddings") or 0))
 
 
 def _rope(c: HfConfig) -> tuple[float, RopeScaling | None]:
@@ -95,11 +131,33 @@ def _rope(c: HfConfig) -> tuple[float, RopeScaling | None]:
     raise UnsupportedModelError(f"rope scaling {kind!r} is not supported; known are default, linear and llama3")
 
 
-def _llama_config(c: HfConfig) -> ModelConfig:
-    if c.get("sliding_window") is not None and c.get("use_sliding_window", True):
-        window, context = int(c["sliding_window"]), int(_need(c, "max_position_embeddings"))
-        if window < context:
-            raise UnsupportedModelError(f"sliding-window attention ({window} of {context} tokens) is not supported yet")
+def _rotary_dim(c: HfConfig, head_dim: int, default: float = 1.0) -> int | None:
+    """Dimensions of a head that rotate, as ModelConfig has it; `rotary_pct` is GPT-NeoX's older name of the fraction."""
+    rope = c.get("rope_parameters") or {}
+    stated = (rope.get("partial_rotary_factor"), c.get("partial_rotary_factor"), c.get("rotary_pct"), default)
+    dim = int(head_dim * float(next(v for v in stated if v is not None)))
+    return None if dim == head_dim else dim
+
+
+_SLIDING, _FULL = "sliding_attention", "full_attention"
+
+
+def _windows(c: HfConfig, kinds: Sequence[str], *, fixed: bool = False) -> tuple[int, ...]:
+    """Each layer's window. `kinds` is what layers are where `layer_types` does not say, or (`fixed`) whatever it says."""
+    stated = list(c.get("layer_types") or kinds)
+    window = c.get("sliding_window")
+    known = {_FULL, _SLIDING} if window else {_FULL}
+    if (fixed and stated != list(kinds)) or not set(stated) <= known or len(stated) != len(kinds):
+        raise UnsupportedModelError(
+            f"layer_types {', '.join(dict.fromkeys(stated))} with sliding_window {window} are not supported "
+            f"for {c.get('model_type', 'this family')}"
+        )
+    return tuple(int(window or 0) if kind == _SLIDING else 0 for kind in stated)
+
+
+def _shared_config(c: HfConfig, *handled: str) -> ModelConfig:
+    """What most families share with Llama. `handled` are the caller's options of _NEUTRAL; the others are refused."""
+    _refuse(c, handled)
     theta, scaling = _rope(c)
     n_head, n_embd = int(_need(c, "num_attention_heads")), int(_need(c, "hidden_size"))
     bias = bool(c.get("attention_bias", False))
@@ -123,12 +181,72 @@ def _llama_config(c: HfConfig) -> ModelConfig:
     )
 
 
+def _llama_config(c: HfConfig) -> ModelConfig:
+    config = _shared_config(c, "attention_bias", "mlp_bias")
+    _windows({**c, "sliding_window": None}, [_FULL] * config.n_layer)
+    return config
+
+
+def _useful(windows: tuple[int, ...], config: ModelConfig) -> tuple[int, ...]:
+    """Windows that hold the whole context are none."""
+    return windows if any(0 < w < config.context_length for w in windows) else ()
+
+
+def _sliding_config(c: HfConfig, *handled: str) -> ModelConfig:
+    """A window in every layer or in none."""
+    config = _shared_config(c, "sliding_window", *handled)
+    kinds = [_SLIDING if c.get("sliding_window") else _FULL] * config.n_layer
+    return replace(config, windows=_useful(_windows(c, kinds, fixed=True), config))
+
+
+def _mistral_config(c: HfConfig) -> ModelConfig:
+    return _sliding_config({"sliding_window": 4096, **c})
+
+
+def _phi3_config(c: HfConfig) -> ModelConfig:
+    config = _sliding_config({"rms_norm_eps": 1e-5, **c}, "partial_rotary_factor")
+    return replace(config, rotary_dim=_rotary_dim(c, config.head_dim))
+
+
+def _qwen_config(c: HfConfig) -> ModelConfig:
+    """Qwen 2 and 3: with use_sliding_window, a window from layer max_window_layers on."""
+    window = c.get("sliding_window", 4096) if c.get("use_sliding_window") else None
+    config = _shared_config(c, "sliding_window", "attention_bias")
+    first = int(c.get("max_window_layers", 28)) if window else config.n_layer
+    kinds = [_SLIDING if i >= first else _FULL for i in range(config.n_layer)]
+    return replace(config, windows=_useful(_windows({**c, "sliding_window": window}, kinds), config))
+
+
 def _qwen2_config(c: HfConfig) -> ModelConfig:
-    return replace(_llama_config({"use_sliding_window": False, **c}), qkv_bias=True, out_bias=False)
+    return replace(_qwen_config(c), qkv_bias=True, out_bias=False)
 
 
 def _qwen3_config(c: HfConfig) -> ModelConfig:
-    return replace(_llama_config({"use_sliding_window": False, **c}), qk_norm=True)
+    return replace(_qwen_config(c), qk_norm=True)
+
+
+def _olmo2_config(c: HfConfig) -> ModelConfig:
+    config = _shared_config({"rms_norm_eps": 1e-5, **c}, "attention_bias")
+    return replace(config, qk_norm=True, qk_norm_joint=True, pre_norm=False, post_norm=True)
+
+
+def _gpt_neox_config(c: HfConfig) -> ModelConfig:
+    renamed = {"rope_theta": c.get("rotary_emb_base"), "rms_norm_eps": c.get("layer_norm_eps", 1e-5)}
+    config = _shared_config(
+        {"hidden_act": "gelu", "attention_bias": True, **c, **{k: v for k, v in renamed.items() if v is not None}},
+        "attention_bias",
+        "use_parallel_residual",
+        "partial_rotary_factor",
+    )
+    return replace(
+        config,
+        n_kv_head=config.n_head,
+        rotary_dim=_rotary_dim(c, config.head_dim, 0.25),
+        norm="layer",
+        gated=False,
+        mlp_bias=True,
+        parallel=bool(c.get("use_parallel_residual", True)),
+    )
 
 
 def _gpt2_config(c: HfConfig) -> ModelConfig:
@@ -190,6 +308,37 @@ _LLAMA_PARTS = _both(
     }
 )
 
+_FUSED_LLAMA_PARTS = _LLAMA_PARTS | _both(
+    {
+        **{f"blocks.{{i}}.attn.{x}": Part("model.layers.{i}.self_attn.qkv_proj", rows=x) for x in ("q", "k", "v")},
+        **{f"blocks.{{i}}.mlp.{x}": Part("model.layers.{i}.mlp.gate_up_proj", rows=x) for x in ("gate", "up")},
+    }
+)
+
+_POST_NORMS = _both(
+    {
+        "blocks.{i}.attn_post_norm": Part("model.layers.{i}.post_attention_layernorm"),
+        "blocks.{i}.mlp_post_norm": Part("model.layers.{i}.post_feedforward_layernorm"),
+    }
+)
+
+_GPT_NEOX_PARTS = _both(
+    {
+        "embed": Part("gpt_neox.embed_in"),
+        "blocks.{i}.attn_norm": Part("gpt_neox.layers.{i}.input_layernorm"),
+        **{
+            f"blocks.{{i}}.attn.{x}": Part("gpt_neox.layers.{i}.attention.query_key_value", rows=x, per_head=True)
+            for x in ("q", "k", "v")
+        },
+        "blocks.{i}.attn.o": Part("gpt_neox.layers.{i}.attention.dense"),
+        "blocks.{i}.mlp_norm": Part("gpt_neox.layers.{i}.post_attention_layernorm"),
+        "blocks.{i}.mlp.up": Part("gpt_neox.layers.{i}.mlp.dense_h_to_4h"),
+        "blocks.{i}.mlp.down": Part("gpt_neox.layers.{i}.mlp.dense_4h_to_h"),
+        "norm": Part("gpt_neox.final_layer_norm"),
+        "head": Part("embed_out"),
+    }
+)
+
 _GPT2_PARTS = _both(
     {
         "embed": Part("wte"),
@@ -212,9 +361,18 @@ _NANOGPT_PARTS = {ours: replace(part, transpose=False) for ours, part in _GPT2_P
 
 FAMILIES: tuple[Family, ...] = (
     Family("llama", ("LlamaForCausalLM",), _llama_config, _LLAMA_PARTS, ignored=(".rotary_emb.inv_freq",)),
-    Family("mistral", ("MistralForCausalLM",), _llama_config, _LLAMA_PARTS),
+    Family("mistral", ("MistralForCausalLM",), _mistral_config, _LLAMA_PARTS),
     Family("qwen2", ("Qwen2ForCausalLM",), _qwen2_config, _LLAMA_PARTS),
     Family("qwen3", ("Qwen3ForCausalLM",), _qwen3_config, _LLAMA_PARTS),
+    Family("phi3", ("Phi3ForCausalLM",), _phi3_config, _FUSED_LLAMA_PARTS),
+    Family("olmo2", ("Olmo2ForCausalLM",), _olmo2_config, _LLAMA_PARTS | _POST_NORMS),
+    Family(
+        "gpt_neox",
+        ("GPTNeoXForCausalLM",),
+        _gpt_neox_config,
+        _GPT_NEOX_PARTS,
+        ignored=(".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq"),
+    ),
     Family(
         "gpt2",
         ("GPT2LMHeadModel", "GPT2Model"),
@@ -266,19 +424,25 @@ def tensor_shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
 
     for i in range(c.n_layer):
         b = f"blocks.{i}"
-        norm(f"{b}.attn_norm")
+        if c.pre_norm:
+            norm(f"{b}.attn_norm")
         linear(f"{b}.attn.q", c.q_size, c.n_embd, c.qkv_bias)
         linear(f"{b}.attn.k", c.kv_size, c.n_embd, c.qkv_bias)
         linear(f"{b}.attn.v", c.kv_size, c.n_embd, c.qkv_bias)
         if c.qk_norm:
-            norm(f"{b}.attn.q_norm", c.head_dim)
-            norm(f"{b}.attn.k_norm", c.head_dim)
+            norm(f"{b}.attn.q_norm", c.q_size if c.qk_norm_joint else c.head_dim)
+            norm(f"{b}.attn.k_norm", c.kv_size if c.qk_norm_joint else c.head_dim)
         linear(f"{b}.attn.o", c.n_embd, c.q_size, c.out_bias)
-        norm(f"{b}.mlp_norm")
+        if c.post_norm:
+            norm(f"{b}.attn_post_norm")
+        if c.pre_norm:
+            norm(f"{b}.mlp_norm")
         if c.gated:
             linear(f"{b}.mlp.gate", c.n_ff, c.n_embd, c.mlp_bias)
         linear(f"{b}.mlp.up", c.n_ff, c.n_embd, c.mlp_bias)
         linear(f"{b}.mlp.down", c.n_embd, c.n_ff, c.mlp_bias)
+        if c.post_norm:
+            norm(f"{b}.mlp_post_norm")
     norm("norm")
     if not c.tie_embeddings:
         linear("head", c.vocab_size, c.n_embd, False)
@@ -320,28 +484,39 @@ def _find(family: Family, name: str, stored: Mapping[str, Tensor], ours: str, wh
     raise CheckpointError(f"{where} has no tensor {family.prefixes[0]}{name} ({ours})")
 
 
+_FUSED = (("q", "k", "v"), ("gate", "up"))
+
+
+def _span(rows: str, c: ModelConfig) -> tuple[int, int, int]:
+    """Where a part lies in its fused matrix: (first row, rows, rows of the whole)."""
+    sizes = {"q": c.q_size, "k": c.kv_size, "v": c.kv_size, "gate": c.n_ff, "up": c.n_ff}
+    group = next(group for group in _FUSED if rows in group)
+    before = group[: group.index(rows)]
+    return sum(sizes[x] for x in before), sizes[rows], sum(sizes[x] for x in group)
+
+
 def _view(tensor: Tensor, part: Part, c: ModelConfig, shape: tuple[int, ...], what: str) -> Tensor:
-    starts = {"q": (0, c.q_size), "k": (c.q_size, c.kv_size), "v": (c.q_size + c.kv_size, c.kv_size)}
-    full = shape if not part.rows else (c.q_size + 2 * c.kv_size, *shape[1:])
+    first, count, total = _span(part.rows, c) if part.rows else (0, shape[0], shape[0])
+    full = (total, *shape[1:])
     expected = full[::-1] if part.transpose else full
     if tensor.shape != expected:
         raise CheckpointError(f"{what} has the shape {list(tensor.shape)}; config.json implies {list(expected)}")
-    if not part.rows and not part.transpose:
+    if not part.rows and not part.transpose and not part.plus:
         return tensor
+    heads = c.n_head if part.per_head else 1
 
     def read() -> FloatArray:
         array = tensor.read()
         array = array.T if part.transpose else array
-        if part.rows:
-            first, count = starts[part.rows]
-            array = array[first : first + count]
-        return np.ascontiguousarray(array)
+        each = array.reshape(heads, total // heads, *shape[1:])[:, first // heads : (first + count) // heads]
+        rows = np.ascontiguousarray(each).reshape(shape)
+        return rows + np.float32(part.plus) if part.plus else rows
 
     return Tensor(shape, tensor.dtype, read)
 
 
 def _is_tied_head(name: str, config: ModelConfig) -> bool:
-    return config.tie_embeddings and name.endswith("lm_head.weight")
+    return config.tie_embeddings and name.endswith(("lm_head.weight", "embed_out.weight"))
 
 
 # ---- writing: gptedge's own checkpoints are Llama's ----------------------------------------------------------------
@@ -353,10 +528,20 @@ def checkpoint_name(name: str) -> str:
     return part.name.format(i=layer)
 
 
+_WRITTEN = frozenset(
+    "n_layer n_head n_kv_head n_embd head_dim n_ff vocab_size context_length norm_eps rope_theta "
+    "tie_embeddings activation qkv_bias out_bias mlp_bias".split()
+)
+
+
 def hf_config(c: ModelConfig) -> dict[str, Any]:
     """config.json of a Llama-shaped model. Raises UnsupportedModelError when the configuration is not Llama's."""
-    if (c.norm, c.position, c.gated, c.qk_norm) != ("rms", "rope", True, False) or c.rope_scaling or c.rotary_dim:
-        raise UnsupportedModelError("only Llama-shaped models (RMSNorm, plain RoPE, gated feed-forward) can be written")
+    other = [f.name for f in fields(c) if f.name not in _WRITTEN and getattr(c, f.name) != f.default]
+    if other or c.qkv_bias != c.out_bias:
+        raise UnsupportedModelError(
+            "only Llama-shaped models (RMSNorm, plain RoPE, gated feed-forward) can be written; "
+            f"this one differs in {', '.join(other) or 'qkv_bias or out_bias alone'}"
+        )
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

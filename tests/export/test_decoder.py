@@ -30,6 +30,9 @@ SHAPE = {
     "bos_token_id": 0,
     "eos_token_id": 0,
 }
+PAD = {"pad_token_id": 0}
+NEOX = {**{k: v for k, v in SHAPE.items() if k != "num_key_value_heads"}, "hidden_size": 192}
+ROTARY_HALF = {"rope_parameters": {"rope_type": "default", "rope_theta": 3000.0, "partial_rotary_factor": 0.5}}
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 3000.0,
@@ -51,6 +54,36 @@ MODELS: dict[str, tuple[Callable[..., transformers.PreTrainedConfig], dict[str, 
         {**SHAPE, "head_dim": 16, "rope_parameters": {"rope_type": "linear", "rope_theta": 3000.0, "factor": 3.0}},
     ),
     "mistral": (transformers.MistralConfig, {**SHAPE, "head_dim": 32, "sliding_window": None}),
+    "mistral, window": (transformers.MistralConfig, {**SHAPE, "head_dim": 32, "sliding_window": 21}),
+    "phi3": (transformers.Phi3Config, {**SHAPE, **PAD, "hidden_size": 96}),
+    "phi3, window, partial rope": (
+        transformers.Phi3Config,
+        {
+            **SHAPE,
+            **PAD,
+            "hidden_size": 192,
+            "sliding_window": 33,
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 3000.0, "partial_rotary_factor": 0.5},
+        },
+    ),
+    "olmo2": (transformers.Olmo2Config, {**SHAPE, **PAD, "hidden_size": 96, "attention_bias": True}),
+    "gpt_neox": (transformers.GPTNeoXConfig, {**NEOX, **ROTARY_HALF}),
+    "gpt_neox, sequential, unbiased, tied": (
+        transformers.GPTNeoXConfig,
+        {
+            **NEOX,
+            **ROTARY_HALF,
+            "use_parallel_residual": False,
+            "attention_bias": False,
+            "tie_word_embeddings": True,
+            "hidden_act": "gelu_fast",
+        },
+    ),
+    "qwen2, window in some layers": (
+        transformers.Qwen2Config,
+        {**SHAPE, "hidden_size": 96, "use_sliding_window": True, "sliding_window": 13, "max_window_layers": 1},
+    ),
     "qwen2": (transformers.Qwen2Config, {**SHAPE, "hidden_size": 96, "tie_word_embeddings": True}),
     "qwen3": (transformers.Qwen3Config, {**SHAPE, "head_dim": 32}),
     "gpt2": (
