@@ -235,7 +235,7 @@ class _Decoder:
     def attention_options(self, i: int) -> dict[str, Any]:
         """Attributes of layer i's attention where they are not the operator's defaults."""
         c = self.c
-        options = {"local_window_size": c.window(i), "scale": c.attn_scale}
+        options = {"local_window_size": c.window(i), "scale": c.attn_scale, "softcap": c.attn_softcap}
         return {name: value for name, value in options.items() if value}
 
     def rotary_tables(self, c: ModelConfig) -> tuple[str, str]:

@@ -69,6 +69,8 @@ class Reference:
         group = c.n_head // c.n_kv_head
         k, v = np.repeat(k, group, 1), np.repeat(v, group, 1)  # [T, H, E]
         scores = np.einsum("the,she->hts", q, k) * np.float32(c.attn_scale or 1 / math.sqrt(c.head_dim))
+        if c.attn_softcap is not None:
+            scores = np.float32(c.attn_softcap) * np.tanh(scores / np.float32(c.attn_softcap))
         seen = np.tril(np.ones((n, n), bool))
         if c.window(i):
             seen &= ~np.tril(seen, -c.window(i))  # position t sees t - window + 1 … t

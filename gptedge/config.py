@@ -77,6 +77,8 @@ class ModelConfig:
     """Heads rotate the other way round (nanochat)."""
     attn_scale: float | None = None
     """Factor of the attention scores; None is 1 / sqrt(head_dim)."""
+    attn_softcap: float | None = None
+    """Attention scores become cap * tanh(scores / cap) (Gemma 2)."""
     embed_scale: float = 1.0
     """Factor of the embeddings on their way in."""
     logit_softcap: float | None = None

@@ -249,6 +249,63 @@ def _gpt_neox_config(c: HfConfig) -> ModelConfig:
     )
 
 
+def _gemma_config(c: HfConfig) -> ModelConfig:
+    """Gemma 1. Its `gelu` has always meant the tanh form."""
+    act = c.get("hidden_act", "gelu_pytorch_tanh")
+    return _shared_gemma_config({**c, "hidden_act": "gelu_pytorch_tanh" if act == "gelu" else act})
+
+
+def _shared_gemma_config(c: HfConfig, *handled: str) -> ModelConfig:
+    _need(c, "head_dim")
+    config = _shared_config({"tie_word_embeddings": True, **c}, "attention_bias", *handled)
+    return replace(config, embed_scale=config.n_embd**0.5)
+
+
+def _gemma2_config(c: HfConfig) -> ModelConfig:
+    c = {"final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0, **c}
+    config = _local_gemma_config(c, 2, "attn_logit_softcapping")
+    return replace(config, attn_softcap=_number(c.get("attn_logit_softcapping")))
+
+
+def _gemma3_config(c: HfConfig) -> ModelConfig:
+    """Layers with a window rotate at a base of their own."""
+    stated = c.get("rope_parameters") or {}
+    if not set(stated) <= {_FULL, _SLIDING}:
+        raise UnsupportedModelError("rope_parameters of gemma3_text must be given for each kind of layer")
+    theta, scaling = _rope({"rope_theta": c.get("rope_local_base_freq"), "rope_parameters": stated.get(_SLIDING)})
+    if scaling:
+        raise UnsupportedModelError(f"rope scaling {scaling.kind!r} of {_SLIDING} layers is not supported")
+    full = {"rope_theta": c.get("rope_theta") or 1e6, **(c.get("rope_scaling") or {}), **(stated.get(_FULL) or {})}
+    config = _local_gemma_config({**c, "rope_parameters": full}, int(c.get("sliding_window_pattern") or 6))
+    return replace(config, qk_norm=True, local_rope_theta=theta)
+
+
+def _local_gemma_config(c: HfConfig, pattern: int, *handled: str) -> ModelConfig:
+    """Gemma 2 and 3: every `pattern`th layer sees all tokens, the others have a window."""
+    c = {"sliding_window": 4096, **c, "hidden_act": c.get("hidden_activation") or "gelu_pytorch_tanh"}
+    config = _shared_gemma_config(c, "sliding_window", "final_logit_softcapping", *handled)
+    kinds = [_SLIDING if (i + 1) % pattern else _FULL for i in range(config.n_layer)]
+    return replace(
+        config,
+        post_norm=True,
+        windows=_windows(c, kinds),
+        attn_scale=float(c.get("query_pre_attn_scalar") or 256) ** -0.5,
+        logit_softcap=_number(c.get("final_logit_softcapping")),
+    )
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if value else None
+
+
+def _nanochat_config(c: HfConfig) -> ModelConfig:
+    """It normalises q and k after rotating them; a norm without gains commutes with a rotation of the whole head."""
+    c = {"final_logit_softcapping": 15.0, "hidden_act": "relu2", **c}
+    config = _shared_config(c, "attention_bias", "final_logit_softcapping")
+    cap = _number(c.get("final_logit_softcapping"))
+    return replace(config, gated=False, qk_norm=True, rope_reversed=True, logit_softcap=cap)
+
+
 def _gpt2_config(c: HfConfig) -> ModelConfig:
     if c.get("scale_attn_by_inverse_layer_idx") or not c.get("scale_attn_weights", True):
         raise UnsupportedModelError(
@@ -322,6 +379,30 @@ _POST_NORMS = _both(
     }
 )
 
+_GAINS = [name for name in _LLAMA_PARTS | _POST_NORMS if name.endswith("norm.weight")]
+
+
+def _one_more(table: Mapping[str, Part]) -> dict[str, Part]:
+    """Gemma's norms are stored as the gain less one."""
+    return {ours: replace(part, plus=1.0) if ours in _GAINS else part for ours, part in table.items()}
+
+
+_GEMMA_PARTS = _one_more(_LLAMA_PARTS)
+_GEMMA2_PARTS = _one_more(
+    _LLAMA_PARTS | _POST_NORMS | _both({"blocks.{i}.mlp_norm": Part("model.layers.{i}.pre_feedforward_layernorm")})
+)
+
+_NANOCHAT_PARTS = {
+    **_LLAMA_PARTS,
+    **dict.fromkeys(_GAINS, Part("", plus=1.0)),
+    **_both(
+        {
+            "blocks.{i}.mlp.up": Part("model.layers.{i}.mlp.fc1"),
+            "blocks.{i}.mlp.down": Part("model.layers.{i}.mlp.fc2"),
+        }
+    ),
+}
+
 _GPT_NEOX_PARTS = _both(
     {
         "embed": Part("gpt_neox.embed_in"),
@@ -373,6 +454,10 @@ FAMILIES: tuple[Family, ...] = (
         _GPT_NEOX_PARTS,
         ignored=(".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq"),
     ),
+    Family("gemma", ("GemmaForCausalLM",), _gemma_config, _GEMMA_PARTS),
+    Family("gemma2", ("Gemma2ForCausalLM",), _gemma2_config, _GEMMA2_PARTS),
+    Family("gemma3_text", ("Gemma3ForCausalLM",), _gemma3_config, _GEMMA2_PARTS),
+    Family("nanochat", ("NanoChatForCausalLM",), _nanochat_config, _NANOCHAT_PARTS),
     Family(
         "gpt2",
         ("GPT2LMHeadModel", "GPT2Model"),
@@ -455,6 +540,9 @@ def source_tensors(family: Family, config: ModelConfig, stored: Mapping[str, Ten
     found: dict[str, Tensor] = {}
     for name, shape in tensor_shapes(config).items():
         part, layer = _part_of(family, name)
+        if not part.name:
+            found[name] = _constant(shape, part.plus)
+            continue
         stored_name = _find(family, part.name.format(i=layer), stored, name, where)
         used.add(stored_name)
         found[name] = _view(stored[stored_name], part, config, shape, f"{where}: {stored_name}")
@@ -482,6 +570,10 @@ def _find(family: Family, name: str, stored: Mapping[str, Tensor], ours: str, wh
         if prefix + name in stored:
             return prefix + name
     raise CheckpointError(f"{where} has no tensor {family.prefixes[0]}{name} ({ours})")
+
+
+def _constant(shape: tuple[int, ...], value: float) -> Tensor:
+    return Tensor(shape, "F32", lambda: np.full(shape, value, np.float32))
 
 
 _FUSED = (("q", "k", "v"), ("gate", "up"))

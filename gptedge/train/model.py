@@ -95,7 +95,7 @@ def attention(c: ModelConfig, layer: Attention, x: Tensor, rope: Rope | None, i:
         q, k = rotate(q, rope), rotate(k, rope)
     if cache is not None:
         k, v = cache.extend(i, k, v)  # [B, K, S, D]
-    y = attend(q, k, v, window=c.window(i), scale=c.attn_scale)  # [B, H, T, D]
+    y = attend(q, k, v, window=c.window(i), scale=c.attn_scale, softcap=c.attn_softcap)  # [B, H, T, D]
     out: Tensor = layer.o(y.transpose(1, 2).reshape(b, t, c.q_size))
     return out
 
@@ -108,18 +108,31 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest), dim=-1)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, *, window: int = 0, scale: float | None = None) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, *, window: int = 0, scale: float | None = None, softcap: float | None = None
+) -> Tensor:
     """Each of the T queries, which are the last of S positions, sees the keys up to its own: [B, H, T, D].
 
     With a window, only the last `window` of them.
     """
     t, s = q.shape[2], k.shape[2]
     mask = None
-    if 1 < t < s or 0 < window < s:
+    if 1 < t < s or 0 < window < s or softcap is not None:
         mask = torch.ones(t, s, dtype=torch.bool, device=q.device).tril(s - t)
         mask = mask & ~mask.tril(s - t - window) if window else mask
+    if softcap is not None and mask is not None:
+        return _attend_capped(q, k, v, mask, scale, softcap)
     causal = mask is None and t == s
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=True)
+
+
+def _attend_capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None, softcap: float) -> Tensor:
+    """Attention written out, whose scores are softly bounded; PyTorch's own has no such bound."""
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)  # [B, H, S, D]
+    scores = q @ k.transpose(2, 3) * (scale or q.shape[-1] ** -0.5)  # [B, H, T, S]
+    scores = softcap * torch.tanh(scores / softcap)
+    return scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v
 
 
 def mlp(c: ModelConfig, layer: MLP, x: Tensor) -> Tensor:

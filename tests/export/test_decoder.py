@@ -68,6 +68,47 @@ MODELS: dict[str, tuple[Callable[..., transformers.PreTrainedConfig], dict[str, 
         },
     ),
     "olmo2": (transformers.Olmo2Config, {**SHAPE, **PAD, "hidden_size": 96, "attention_bias": True}),
+    "gemma": (transformers.GemmaConfig, {**SHAPE, **PAD, "head_dim": 32, "hidden_act": "gelu"}),
+    "gemma2": (
+        transformers.Gemma2Config,
+        {
+            **SHAPE,
+            **PAD,
+            "head_dim": 32,
+            "sliding_window": 19,
+            "query_pre_attn_scalar": 50,
+            "attn_logit_softcapping": 3.0,
+            "final_logit_softcapping": 4.0,
+        },
+    ),
+    "gemma3": (
+        transformers.Gemma3TextConfig,
+        {
+            **SHAPE,
+            **PAD,
+            "head_dim": 32,
+            "sliding_window": 23,
+            "query_pre_attn_scalar": 50,
+            "sliding_window_pattern": 3,
+            "final_logit_softcapping": 4.0,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+                "full_attention": {"rope_type": "linear", "rope_theta": 4000.0, "factor": 3.0},
+            },
+        },
+    ),
+    "gemma3, window beyond the context": (
+        transformers.Gemma3TextConfig,
+        {**SHAPE, **PAD, "head_dim": 32, "sliding_window": 230, "sliding_window_pattern": 2},
+    ),
+    "nanochat": (
+        transformers.NanoChatConfig,
+        {**SHAPE, **PAD, "hidden_size": 96, "attention_bias": True, "final_logit_softcapping": 3.0},
+    ),
+    "nanochat, unbounded": (
+        transformers.NanoChatConfig,
+        {**SHAPE, **PAD, "hidden_size": 96, "final_logit_softcapping": None, "tie_word_embeddings": True},
+    ),
     "gpt_neox": (transformers.GPTNeoXConfig, {**NEOX, **ROTARY_HALF}),
     "gpt_neox, sequential, unbiased, tied": (
         transformers.GPTNeoXConfig,
