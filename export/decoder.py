@@ -74,7 +74,7 @@ class _Decoder:
             )
         if self.c.embed_scale != 1.0:
             x = self.g.op("Mul", x, self.g.constant("embed_scale", self.c.embed_scale, np.float32), name="embed.scaled")
-        return x
+        return self.norm(x, "embed_norm")
 
     def norm(self, x: str, name: str) -> str:
         """RMSNorm or LayerNorm over the last axis; x itself where the family has no such norm."""

@@ -110,11 +110,12 @@ def token_ids(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _check_kernels(config: ModelConfig) -> None:
     """Refuse what onnxruntime's attention would refuse at the first token."""
-    if config.position == "rope" and config.head_dim % _HEAD_MULTIPLE:
-        raise UnsupportedModelError(
-            f"head_dim {config.head_dim} is not a multiple of {_HEAD_MULTIPLE}, which rotary embeddings in "
-            "onnxruntime's GroupQueryAttention need"
-        )
+    for name, value in (("head_dim", config.head_dim), ("rotary_dim", config.rope_dim)):
+        if config.position == "rope" and value % _HEAD_MULTIPLE:
+            raise UnsupportedModelError(
+                f"{name} {value} is not a multiple of {_HEAD_MULTIPLE}, which rotary embeddings in "
+                "onnxruntime's GroupQueryAttention need"
+            )
 
 
 def _check_tokenizer(checkpoint: Checkpoint, vocab_size: int) -> None:

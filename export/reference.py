@@ -45,7 +45,7 @@ class Reference:
         x = np.array(self.w["embed.weight"].read()[ids])
         if self.c.position == "learned":
             x += self.w["position.weight"].read()[: len(ids)]
-        return x * np.float32(self.c.embed_scale)
+        return self.norm(x * np.float32(self.c.embed_scale), "embed_norm")
 
     def norm(self, x: FloatArray, name: str) -> FloatArray:
         """RMSNorm or LayerNorm over the last axis; x itself where the family has no such norm."""

@@ -81,6 +81,8 @@ class ModelConfig:
     """Attention scores become cap * tanh(scores / cap) (Gemma 2)."""
     embed_scale: float = 1.0
     """Factor of the embeddings on their way in."""
+    embed_norm: bool = False
+    """The embeddings are normalised before the first layer (nanochat)."""
     logit_softcap: float | None = None
     """Logits become cap * tanh(logits / cap)."""
 

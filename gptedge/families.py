@@ -5,7 +5,7 @@ Everything after this module uses gptedge's own names, whose shapes are those of
     embed.weight [vocab, n_embd]     position.weight [context, n_embd]   (learned positions only)
     blocks.{i}.attn_norm.weight      blocks.{i}.attn.{q,k,v,o}.weight    blocks.{i}.attn.{q,k}_norm.weight
     blocks.{i}.mlp_norm.weight       blocks.{i}.mlp.{gate,up,down}.weight
-    blocks.{i}.{attn,mlp}_post_norm.weight                               (where outputs are normalised)
+    blocks.{i}.{attn,mlp}_post_norm.weight   embed_norm.weight           (where outputs, or embeddings, are normalised)
     norm.weight                      head.weight [vocab, n_embd]         (absent when tied)
 
 and .bias beside a .weight where the family has one. A new family is a new row, not a new branch.
@@ -303,7 +303,7 @@ def _nanochat_config(c: HfConfig) -> ModelConfig:
     c = {"final_logit_softcapping": 15.0, "hidden_act": "relu2", **c}
     config = _shared_config(c, "attention_bias", "final_logit_softcapping")
     cap = _number(c.get("final_logit_softcapping"))
-    return replace(config, gated=False, qk_norm=True, rope_reversed=True, logit_softcap=cap)
+    return replace(config, gated=False, qk_norm=True, rope_reversed=True, embed_norm=True, logit_softcap=cap)
 
 
 def _gpt2_config(c: HfConfig) -> ModelConfig:
@@ -394,7 +394,7 @@ _GEMMA2_PARTS = _one_more(
 
 _NANOCHAT_PARTS = {
     **_LLAMA_PARTS,
-    **dict.fromkeys(_GAINS, Part("", plus=1.0)),
+    **dict.fromkeys(["embed_norm.weight", *_GAINS], Part("", plus=1.0)),
     **_both(
         {
             "blocks.{i}.mlp.up": Part("model.layers.{i}.mlp.fc1"),
@@ -507,6 +507,8 @@ def tensor_shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
         ):  # in nanoGPT and GPT-2 alike, LayerNorm's bias goes with the linear layers'
             shapes[f"{name}.bias"] = (width,)
 
+    if c.embed_norm:
+        norm("embed_norm")
     for i in range(c.n_layer):
         b = f"blocks.{i}"
         if c.pre_norm:

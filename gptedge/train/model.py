@@ -58,7 +58,8 @@ def embed(model: GPT, ids: Tensor, positions: Tensor) -> Tensor:
     """[B, T] ids -> [B, T, C]."""
     x: Tensor = model.embed(ids)
     x = x if model.position is None else x + model.position(positions)
-    return x if model.config.embed_scale == 1.0 else x * model.config.embed_scale
+    x = x if model.config.embed_scale == 1.0 else x * model.config.embed_scale
+    return norm(model.config, model.embed_norm, x)
 
 
 def norm(c: ModelConfig, layer: nn.Module | None, x: Tensor) -> Tensor:
@@ -167,6 +168,7 @@ class GPT(nn.Module):
         c = self.config = config
         self.embed = nn.Embedding(c.vocab_size, c.n_embd)
         self.position = nn.Embedding(c.context_length, c.n_embd) if c.position == "learned" else None
+        self.embed_norm = _norm_of(c, c.n_embd) if c.embed_norm else None
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
         self.norm = _norm_of(c, c.n_embd)
         self.head = None if c.tie_embeddings else nn.Linear(c.n_embd, c.vocab_size, bias=False)
