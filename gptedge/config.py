@@ -97,11 +97,11 @@ class ModelConfig:
             raise UsageError(f"model config: head_dim {self.head_dim} is odd; rotary embeddings need an even number")
         if self.position == "rope" and (self.rope_dim % 2 or not 0 < self.rope_dim <= self.head_dim):
             raise UsageError(
-                f"model config: rotary_dim is {self.rotary_dim}; it must be an even number up to head_dim {self.head_dim}"
+                f"model config: rotary_dim is {self.rotary_dim}; it must be even and at most head_dim {self.head_dim}"
             )
         if self.windows and (len(self.windows) != self.n_layer or min(self.windows) < 0):
             raise UsageError(
-                f"model config: windows is {self.windows}; it must hold a number of tokens for each of {self.n_layer} layers"
+                f"model config: windows is {self.windows}; it must hold a size for each of the {self.n_layer} layers"
             )
 
     @property
