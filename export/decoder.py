@@ -18,6 +18,7 @@ import onnx
 
 from gptedge.config import ModelConfig, rope_frequencies
 from gptedge.export.graph import Graph
+from gptedge.export.rotary import is_spread, spread_frequencies, spread_weights
 from gptedge.graph_io import (
     ATTENTION_MASK,
     FIRST_LOGIT,
@@ -56,7 +57,7 @@ def build(
 class _Decoder:
     def __init__(self, config: ModelConfig, weights: Weights, graph: Graph, half: bool, report: Report) -> None:
         self.c = config
-        self.w = weights
+        self.w = spread_weights(config, weights) if is_spread(config) else weights
         self.g = graph
         self.half = half
         self.report = report
@@ -162,9 +163,10 @@ class _Decoder:
         cap = self.c.logit_softcap
         if cap is None:
             return g.op("FusedMatMul", rows, self.weight(table), name="head", out=LOGITS, transB=1)
-        product = g.op("FusedMatMul", rows, self.weight(table), name="head", transB=1, alpha=1 / cap)
-        bounded = g.op("Tanh", product, name="head.bounded")
-        return g.op("Mul", bounded, g.constant("logit_softcap", cap, np.float32), name="head.capped", out=LOGITS)
+        product = g.op("FusedMatMul", rows, self.weight(table), name="head", transB=1)
+        bound = g.constant("logit_softcap", cap, np.float32)
+        part = g.op("Tanh", g.op("Div", product, bound, name="head.part"), name="head.bounded")
+        return g.op("Mul", part, bound, name="head.capped", out=LOGITS)
 
     # ---- pieces ----------------------------------------------------------------------------------------------------
 
@@ -245,6 +247,7 @@ class _Decoder:
         limits = [g.constant(f"rope.{bound}", value, np.float32) for bound, value in bounds.items()]
         positions = g.once("Range", *limits, name="rope.positions")
         column = g.once("Unsqueeze", positions, g.constant("rope.axis", [1]), name="rope.column")
-        frequencies = g.constant(f"{name}.frequencies", rope_frequencies(c), np.float32)
-        angles = g.once("Mul", column, frequencies, name=f"{name}.angles")
+        frequencies = spread_frequencies(c, rope_frequencies(c)) if is_spread(c) else rope_frequencies(c)
+        row = g.constant(f"{name}.frequencies", frequencies, np.float32)
+        angles = g.once("Mul", column, row, name=f"{name}.angles")
         return g.once("Cos", angles, name=f"{name}.cos"), g.once("Sin", angles, name=f"{name}.sin")

@@ -14,6 +14,7 @@ import transformers
 from gptedge.bundle import open_bundle
 from gptedge.checkpoint import TOKENIZER, open_checkpoint
 from gptedge.export.exporter import export
+from gptedge.quantize.quantizer import quantize
 from gptedge.runtime.session import Session
 from gptedge.train.model import GPT
 from tests.conftest import make_tokenizer
@@ -110,6 +111,7 @@ MODELS: dict[str, tuple[Callable[..., transformers.PreTrainedConfig], dict[str, 
         {**SHAPE, **PAD, "hidden_size": 96, "final_logit_softcapping": None, "tie_word_embeddings": True},
     ),
     "gpt_neox": (transformers.GPTNeoXConfig, {**NEOX, **ROTARY_HALF}),
+    "gpt_neox, a quarter of a small head rotates": (transformers.GPTNeoXConfig, NEOX),
     "gpt_neox, sequential, unbiased, tied": (
         transformers.GPTNeoXConfig,
         {
@@ -219,6 +221,15 @@ def test_last_row_alone_is_the_last_of_all(pair: tuple[torch.nn.Module, Path, Pa
     session, ids = Session(open_bundle(bundle)), ids_of(40)
     every = session.run(ids, session.new_cache(), every_row=True)
     np.testing.assert_allclose(session.run(ids, session.new_cache()), every[-1:], atol=1e-5 * every.std())
+
+
+def test_int8_computes_nearly_the_same(pair: tuple[torch.nn.Module, Path, Path], tmp_path: Path) -> None:
+    _, _, bundle = pair
+    ids = ids_of(60)
+    quantize(bundle, tmp_path / "int8", recipe="int8")
+    plain, small = (Session(open_bundle(b)) for b in (bundle, tmp_path / "int8"))
+    expected, got = (s.run(ids, s.new_cache(), every_row=True) for s in (plain, small))
+    assert np.abs(got - expected).mean() <= 0.2 * expected.std()
 
 
 def test_graph_of_a_stranger_sees_only_the_contract(pair: tuple[torch.nn.Module, Path, Path]) -> None:
