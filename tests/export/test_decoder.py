@@ -16,7 +16,7 @@ from gptedge.checkpoint import TOKENIZER, open_checkpoint
 from gptedge.export.exporter import export
 from gptedge.quantize.quantizer import quantize
 from gptedge.runtime.session import Session
-from gptedge.train.model import GPT
+from gptedge.train.model import GPT, Cache
 from tests.conftest import make_tokenizer
 
 SHAPE = {
@@ -214,6 +214,14 @@ def test_pytorch_gpt_agrees_too(pair: tuple[torch.nn.Module, Path, Path]) -> Non
     model, checkpoint, _ = pair
     ids = ids_of(90, seed=3)
     assert_close(logits_of(GPT.from_checkpoint(open_checkpoint(checkpoint)).eval(), ids), logits_of(model, ids))
+
+
+def test_pytorch_gpt_with_its_cache(pair: tuple[torch.nn.Module, Path, Path]) -> None:
+    model, checkpoint, _ = pair
+    gpt, ids, cache = GPT.from_checkpoint(open_checkpoint(checkpoint)).eval(), ids_of(70, seed=4), Cache()
+    with torch.no_grad():
+        rows = [gpt(torch.tensor([chunk]), cache)[0].numpy() for chunk in (ids[:41], ids[41:42], ids[42:])]
+    assert_close(np.concatenate(rows), logits_of(model, ids))
 
 
 def test_last_row_alone_is_the_last_of_all(pair: tuple[torch.nn.Module, Path, Path]) -> None:
