@@ -129,6 +129,8 @@ def test_defaults_are_the_familys_own() -> None:
     assert (config_of("Gemma2ForCausalLM").logit_softcap, config_of("Gemma2ForCausalLM").attn_softcap) == (30.0, 50.0)
     assert config_of("Gemma3ForCausalLM").attn_scale == 256**-0.5
     assert config_of("GemmaForCausalLM").tie_embeddings
+    assert config_of("GemmaForCausalLM", hidden_act="gelu").activation == "gelu_tanh"
+    assert config_of("GPTNeoXForCausalLM", hidden_act="gelu").activation == "gelu"
     assert config_of("NanoChatForCausalLM").logit_softcap == 15.0
     assert config_of("NanoChatForCausalLM").activation == "relu2"
     assert config_of("Olmo2ForCausalLM").norm_eps == 1e-5
