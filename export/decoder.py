@@ -18,6 +18,7 @@ import onnx
 
 from gptedge.config import ModelConfig, rope_frequencies
 from gptedge.export.graph import Graph
+from gptedge.export.rotary import is_spread, spread_frequencies, spread_weights
 from gptedge.graph_io import (
     ATTENTION_MASK,
     FIRST_LOGIT,
@@ -56,7 +57,7 @@ def build(
 class _Decoder:
     def __init__(self, config: ModelConfig, weights: Weights, graph: Graph, half: bool, report: Report) -> None:
         self.c = config
-        self.w = weights
+        self.w = spread_weights(config, weights) if is_spread(config) else weights
         self.g = graph
         self.half = half
         self.report = report
@@ -72,15 +73,21 @@ class _Decoder:
                 self.g.op("Gather", self.weight("position.weight"), positions, name="position"),
                 name="embed.sum",
             )
-        return x
+        if self.c.embed_scale != 1.0:
+            x = self.g.op("Mul", x, self.g.constant("embed_scale", self.c.embed_scale, np.float32), name="embed.scaled")
+        return self.norm(x, "embed_norm")
 
     def norm(self, x: str, name: str) -> str:
-        """RMSNorm or LayerNorm over the last axis."""
+        """RMSNorm or LayerNorm over the last axis; x itself where the family has no such norm."""
+        if f"{name}.weight" not in self.w:
+            return x
         kind = "SimplifiedLayerNormalization" if self.c.norm == "rms" else "LayerNormalization"
         return self.g.op(kind, x, *self.norm_weights(name), name=name, axis=-1, epsilon=self.c.norm_eps)
 
     def add_norm(self, x: str, update: str, name: str) -> tuple[str, str]:
-        """The residual sum x + update, and its norm, in one node: (sum, norm)."""
+        """The residual sum x + update, and its norm, in one node: (sum, norm), the same where there is no such norm."""
+        if f"{name}.weight" not in self.w:
+            return (self.g.op("Add", x, update, name=f"{name}.sum"),) * 2
         kind = "SkipSimplifiedLayerNormalization" if self.c.norm == "rms" else "SkipLayerNormalization"
         total = f"{name}.sum"
         normed = self.g.op(
@@ -92,7 +99,7 @@ class _Decoder:
         """[B, T, D] -> [B, T, D]; reads and extends layer i's KV cache."""
         block = f"blocks.{i}.attn"
         q, k, v = self.query_key_value(x, block)
-        rotary = self.rotary_tables if self.c.position == "rope" else ()
+        rotary = self.rotary_tables(self.c.rope_of(i)) if self.c.position == "rope" else ()
         y = self.g.op(
             "GroupQueryAttention",
             *(q, k, v, past_key(i), past_value(i), *self.lengths, *rotary),
@@ -102,6 +109,7 @@ class _Decoder:
             kv_num_heads=self.c.n_kv_head,
             do_rotary=int(self.c.position == "rope"),
             rotary_interleaved=0,
+            **self.attention_options(i),
         )
         return self.linear(y, f"{block}.o")
 
@@ -117,9 +125,14 @@ class _Decoder:
 
     def block(self, x: str, normed: str, i: int) -> tuple[str, str]:
         """One layer, and the norm after it: the next layer's first, or the last of all. (residual stream, its norm)"""
-        x, normed = self.add_norm(x, self.attention(normed, i), f"blocks.{i}.mlp_norm")
-        last = i + 1 == self.c.n_layer
-        return self.add_norm(x, self.mlp(normed, i), "norm" if last else f"blocks.{i + 1}.attn_norm")
+        block, last = f"blocks.{i}", i + 1 == self.c.n_layer
+        after = "norm" if last else f"blocks.{i + 1}.attn_norm"
+        update = self.norm(self.attention(normed, i), f"{block}.attn_post_norm")
+        if self.c.parallel:
+            beside = self.norm(self.mlp(self.norm(x, f"{block}.mlp_norm"), i), f"{block}.mlp_post_norm")
+            return self.add_norm(x, self.g.op("Add", update, beside, name=f"{block}.both"), after)
+        x, normed = self.add_norm(x, update, f"{block}.mlp_norm")
+        return self.add_norm(x, self.norm(self.mlp(normed, i), f"{block}.mlp_post_norm"), after)
 
     def forward(self) -> onnx.ModelProto:
         """input_ids [B, T] -> logits [B, T, V] and the extended KV cache."""
@@ -147,7 +160,13 @@ class _Decoder:
         first = g.optional_input(FIRST_LOGIT, np.zeros(1, np.int64))
         rows = g.op("Slice", normed, first, g.constant("end", [_END]), g.constant("time_axis", [1]), name="head.rows")
         table = "embed.weight" if self.c.tie_embeddings else "head.weight"
-        return g.op("FusedMatMul", rows, self.weight(table), name="head", out=LOGITS, transB=1)
+        cap = self.c.logit_softcap
+        if cap is None:
+            return g.op("FusedMatMul", rows, self.weight(table), name="head", out=LOGITS, transB=1)
+        product = g.op("FusedMatMul", rows, self.weight(table), name="head", transB=1)
+        bound = g.constant("logit_softcap", cap, np.float32)
+        part = g.op("Tanh", g.op("Div", product, bound, name="head.part"), name="head.bounded")
+        return g.op("Mul", part, bound, name="head.capped", out=LOGITS)
 
     # ---- pieces ----------------------------------------------------------------------------------------------------
 
@@ -189,6 +208,8 @@ class _Decoder:
         q, k, v = f"{block}.q", f"{block}.k", f"{block}.v"
         sizes = self.g.constant("qkv_sizes", [self.c.q_size, self.c.kv_size, self.c.kv_size])
         self.g.op("Split", qkv, sizes, name=f"{block}.split", out=[q, k, v], axis=-1)
+        if self.c.qk_norm_joint:
+            return self.norm(q, f"{q}_norm"), self.norm(k, f"{k}_norm"), v
         return self.head_norm(q, self.c.n_head), self.head_norm(k, self.c.n_kv_head), v
 
     def head_norm(self, x: str, n_head: int) -> str:
@@ -213,15 +234,20 @@ class _Decoder:
         to_int32: dict[str, Any] = {"to": onnx.TensorProto.INT32}
         return g.op("Cast", less, name="lengths", **to_int32), g.op("Cast", total, name="longest", **to_int32)
 
-    @cached_property
-    def rotary_tables(self) -> tuple[str, str]:
+    def attention_options(self, i: int) -> dict[str, Any]:
+        """Attributes of layer i's attention where they are not the operator's defaults."""
+        c = self.c
+        options = {"local_window_size": c.window(i), "scale": c.attn_scale, "softcap": c.attn_softcap}
+        return {name: value for name, value in options.items() if value}
+
+    def rotary_tables(self, c: ModelConfig) -> tuple[str, str]:
         """cos and sin of position x frequency, [context_length, rope_dim / 2]; onnxruntime folds them when it loads."""
-        g = self.g
+        g, name = self.g, "rope" if c is self.c else "rope.local"
         bounds = {"start": 0.0, "end": self.c.context_length, "step": 1.0}
-        limits = [g.constant(f"rope.{name}", value, np.float32) for name, value in bounds.items()]
-        positions = g.op("Range", *limits, name="rope.positions")
-        column = g.op("Unsqueeze", positions, g.constant("rope.axis", [1]), name="rope.column")
-        angles = g.op(
-            "Mul", column, g.constant("rope.frequencies", rope_frequencies(self.c), np.float32), name="rope.angles"
-        )
-        return g.op("Cos", angles, name="rope.cos"), g.op("Sin", angles, name="rope.sin")
+        limits = [g.constant(f"rope.{bound}", value, np.float32) for bound, value in bounds.items()]
+        positions = g.once("Range", *limits, name="rope.positions")
+        column = g.once("Unsqueeze", positions, g.constant("rope.axis", [1]), name="rope.column")
+        frequencies = spread_frequencies(c, rope_frequencies(c)) if is_spread(c) else rope_frequencies(c)
+        row = g.constant(f"{name}.frequencies", frequencies, np.float32)
+        angles = g.once("Mul", column, row, name=f"{name}.angles")
+        return g.once("Cos", angles, name=f"{name}.cos"), g.once("Sin", angles, name=f"{name}.sin")

@@ -16,6 +16,7 @@ from gptedge.export import parity as parity_check
 from gptedge.export.decoder import Report, build, silent
 from gptedge.export.genai import genai_config
 from gptedge.export.reference import Reference
+from gptedge.export.rotary import MULTIPLE
 from gptedge.export.sources import open_source
 from gptedge.files import check_destination, new_folder, write_json
 from gptedge.measure import peak_rss_mb
@@ -24,7 +25,6 @@ from gptedge.runtime.session import Session
 from gptedge.tokenizer import Tokenizer
 
 DType = Literal["fp32", "fp16"]
-_HEAD_MULTIPLE = 16
 PACKAGES = ("onnx",)
 """What a bundle's bytes depend on, besides gptedge."""
 
@@ -110,9 +110,9 @@ def token_ids(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _check_kernels(config: ModelConfig) -> None:
     """Refuse what onnxruntime's attention would refuse at the first token."""
-    if config.position == "rope" and config.head_dim % _HEAD_MULTIPLE:
+    if config.position == "rope" and config.head_dim % MULTIPLE:
         raise UnsupportedModelError(
-            f"head_dim {config.head_dim} is not a multiple of {_HEAD_MULTIPLE}, which rotary embeddings in "
+            f"head_dim {config.head_dim} is not a multiple of {MULTIPLE}, which rotary embeddings in "
             "onnxruntime's GroupQueryAttention need"
         )
 

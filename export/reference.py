@@ -37,15 +37,20 @@ class Reference:
         for i in range(self.c.n_layer):
             x = self.block(x, i)
         table = "embed.weight" if self.c.tie_embeddings else "head.weight"
-        return np.matmul(self.norm(x, "norm"), self.w[table].read().T)
+        logits = np.matmul(self.norm(x, "norm"), self.w[table].read().T)
+        cap = self.c.logit_softcap
+        return logits if cap is None else np.float32(cap) * np.tanh(logits / np.float32(cap))
 
     def embed(self, ids: list[int]) -> FloatArray:
         x = np.array(self.w["embed.weight"].read()[ids])
         if self.c.position == "learned":
             x += self.w["position.weight"].read()[: len(ids)]
-        return x
+        return self.norm(x * np.float32(self.c.embed_scale), "embed_norm")
 
     def norm(self, x: FloatArray, name: str) -> FloatArray:
+        """RMSNorm or LayerNorm over the last axis; x itself where the family has no such norm."""
+        if f"{name}.weight" not in self.w:
+            return x
         if self.c.norm == "layer":
             x = x - x.mean(-1, keepdims=True)
         y = x / np.sqrt((x * x).mean(-1, keepdims=True) + np.float32(self.c.norm_eps)) * self.w[f"{name}.weight"].read()
@@ -53,25 +58,31 @@ class Reference:
 
     def attention(self, x: FloatArray, i: int) -> FloatArray:
         c, block, n = self.c, f"blocks.{i}.attn", len(x)
-        q = self.linear(x, f"{block}.q").reshape(n, c.n_head, c.head_dim)
-        k = self.linear(x, f"{block}.k").reshape(n, c.n_kv_head, c.head_dim)
-        v = self.linear(x, f"{block}.v").reshape(n, c.n_kv_head, c.head_dim)
-        if c.qk_norm:
+        q, k, v = (self.linear(x, f"{block}.{part}") for part in "qkv")
+        if c.qk_norm_joint:
+            q, k = self.norm(q, f"{block}.q_norm"), self.norm(k, f"{block}.k_norm")
+        q, k, v = (part.reshape(n, -1, c.head_dim) for part in (q, k, v))  # [T, H | K, E]
+        if c.qk_norm and not c.qk_norm_joint:
             q, k = self.norm(q, f"{block}.q_norm"), self.norm(k, f"{block}.k_norm")
         if c.position == "rope":
-            q, k = self.rotate(q), self.rotate(k)
+            q, k = self.rotate(q, c.rope_of(i)), self.rotate(k, c.rope_of(i))
         group = c.n_head // c.n_kv_head
         k, v = np.repeat(k, group, 1), np.repeat(v, group, 1)  # [T, H, E]
-        scores = np.einsum("the,she->hts", q, k) / np.float32(math.sqrt(c.head_dim))
-        scores[:, np.triu(np.ones((n, n), bool), 1)] = -np.inf
+        scores = np.einsum("the,she->hts", q, k) * np.float32(c.attn_scale or 1 / math.sqrt(c.head_dim))
+        if c.attn_softcap is not None:
+            scores = np.float32(c.attn_softcap) * np.tanh(scores / np.float32(c.attn_softcap))
+        seen = np.tril(np.ones((n, n), bool))
+        if c.window(i):
+            seen &= ~np.tril(seen, -c.window(i))  # position t sees t - window + 1 … t
+        scores[:, ~seen] = -np.inf
         scores = np.exp(scores - scores.max(-1, keepdims=True))
         y = np.einsum("hts,she->the", scores / scores.sum(-1, keepdims=True), v)
         return self.linear(y.reshape(n, -1), f"{block}.o")
 
-    def rotate(self, x: FloatArray) -> FloatArray:
+    def rotate(self, x: FloatArray, c: ModelConfig) -> FloatArray:
         """RoPE over the first rope_dim of each head, in two halves."""
-        dim = self.c.rope_dim
-        angles = np.outer(np.arange(len(x), dtype=np.float32), np.array(rope_frequencies(self.c), np.float32))[:, None]
+        dim = c.rope_dim
+        angles = np.outer(np.arange(len(x), dtype=np.float32), np.array(rope_frequencies(c), np.float32))[:, None]
         cos, sin = np.cos(angles), np.sin(angles)
         a, b, rest = x[..., : dim // 2], x[..., dim // 2 : dim], x[..., dim:]
         return np.concatenate([a * cos - b * sin, b * cos + a * sin, rest], -1)
@@ -83,8 +94,10 @@ class Reference:
         return self.linear(act(self.linear(x, f"{block}.gate")) * self.linear(x, f"{block}.up"), f"{block}.down")
 
     def block(self, x: FloatArray, i: int) -> FloatArray:
-        x = x + self.attention(self.norm(x, f"blocks.{i}.attn_norm"), i)
-        return x + self.mlp(self.norm(x, f"blocks.{i}.mlp_norm"), i)
+        block = f"blocks.{i}"
+        after = x + self.norm(self.attention(self.norm(x, f"{block}.attn_norm"), i), f"{block}.attn_post_norm")
+        seen = x if self.c.parallel else after
+        return after + self.norm(self.mlp(self.norm(seen, f"{block}.mlp_norm"), i), f"{block}.mlp_post_norm")
 
     def linear(self, x: FloatArray, name: str) -> FloatArray:
         y = x @ self.w[f"{name}.weight"].read().T

@@ -6,7 +6,7 @@ Both are flat, frozen and checked where they are made. Reading other projects' c
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from gptedge.errors import UsageError
@@ -61,6 +61,30 @@ class ModelConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
     """RMSNorm over each head of q and k, before rotation (Qwen3)."""
+    qk_norm_joint: bool = False
+    """That norm is over all the heads of q, and all of k, together (OLMo 2)."""
+    pre_norm: bool = True
+    """Attention and feed-forward read the norm of the residual stream, rather than the stream itself."""
+    post_norm: bool = False
+    """What attention and feed-forward write is normalised before it is added (OLMo 2; Gemma beside pre_norm)."""
+    parallel: bool = False
+    """Attention and feed-forward read the same residual stream, and are added together (GPT-NeoX)."""
+    windows: tuple[int, ...] = ()
+    """For each layer, how many tokens a query sees, itself the last of them; 0 is all. Empty: all, in every layer."""
+    local_rope_theta: float | None = None
+    """Base of the unscaled rotary embeddings of those layers that have a window; None: theirs are like the others'."""
+    rope_reversed: bool = False
+    """Heads rotate the other way round (nanochat)."""
+    attn_scale: float | None = None
+    """Factor of the attention scores; None is 1 / sqrt(head_dim)."""
+    attn_softcap: float | None = None
+    """Attention scores become cap * tanh(scores / cap) (Gemma 2)."""
+    embed_scale: float = 1.0
+    """Factor of the embeddings on their way in."""
+    embed_norm: bool = False
+    """The embeddings are normalised before the first layer (nanochat)."""
+    logit_softcap: float | None = None
+    """Logits become cap * tanh(logits / cap)."""
 
     def __post_init__(self) -> None:
         for name in ("n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "n_ff", "vocab_size", "context_length"):
@@ -71,6 +95,14 @@ class ModelConfig:
             raise UsageError(f"model config: n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
         if self.head_dim % 2 and self.position == "rope":
             raise UsageError(f"model config: head_dim {self.head_dim} is odd; rotary embeddings need an even number")
+        if self.position == "rope" and (self.rope_dim % 2 or not 0 < self.rope_dim <= self.head_dim):
+            raise UsageError(
+                f"model config: rotary_dim is {self.rotary_dim}; it must be even and at most head_dim {self.head_dim}"
+            )
+        if self.windows and (len(self.windows) != self.n_layer or min(self.windows) < 0):
+            raise UsageError(
+                f"model config: windows is {self.windows}; it must hold a size for each of the {self.n_layer} layers"
+            )
 
     @property
     def q_size(self) -> int:
@@ -83,6 +115,16 @@ class ModelConfig:
     @property
     def rope_dim(self) -> int:
         return self.rotary_dim or self.head_dim
+
+    def window(self, i: int) -> int:
+        """How many tokens a query of layer i sees; 0 is all."""
+        return self.windows[i] if self.windows else 0
+
+    def rope_of(self, i: int) -> ModelConfig:
+        """The configuration whose rotary embeddings are layer i's."""
+        if self.local_rope_theta is None or not self.window(i):
+            return self
+        return replace(self, rope_theta=self.local_rope_theta, rope_scaling=None, local_rope_theta=None)
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -159,12 +201,14 @@ def rope_frequencies(config: ModelConfig) -> list[float]:
     """Angular frequencies (radians per position) of rotary embeddings (arXiv:2104.09864), `rope_dim / 2` of them."""
     dim = config.rope_dim
     plain = [config.rope_theta ** (-2 * i / dim) for i in range(dim // 2)]
-    scaling = config.rope_scaling
+    frequencies = [_scaled(f, config.rope_scaling) for f in plain]
+    return [-f for f in frequencies] if config.rope_reversed else frequencies
+
+
+def _scaled(frequency: float, scaling: RopeScaling | None) -> float:
     if scaling is None:
-        return plain
-    if scaling.kind == "linear":
-        return [f / scaling.factor for f in plain]
-    return [_llama3_frequency(f, scaling) for f in plain]
+        return frequency
+    return frequency / scaling.factor if scaling.kind == "linear" else _llama3_frequency(frequency, scaling)
 
 
 def _llama3_frequency(frequency: float, s: RopeScaling) -> float:

@@ -5,6 +5,7 @@ Everything after this module uses gptedge's own names, whose shapes are those of
     embed.weight [vocab, n_embd]     position.weight [context, n_embd]   (learned positions only)
     blocks.{i}.attn_norm.weight      blocks.{i}.attn.{q,k,v,o}.weight    blocks.{i}.attn.{q,k}_norm.weight
     blocks.{i}.mlp_norm.weight       blocks.{i}.mlp.{gate,up,down}.weight
+    blocks.{i}.{attn,mlp}_post_norm.weight   embed_norm.weight           (where outputs, or embeddings, are normalised)
     norm.weight                      head.weight [vocab, n_embd]         (absent when tied)
 
 and .bias beside a .weight where the family has one. A new family is a new row, not a new branch.
@@ -13,16 +14,16 @@ and .bias beside a .weight where the family has one. A new family is a new row, 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 
-from gptedge.config import Activation, ModelConfig, RopeScaling
+from gptedge import family_configs as configs
+from gptedge.config import ModelConfig
 from gptedge.errors import CheckpointError, UnsupportedModelError
+from gptedge.family_configs import HfConfig
 from gptedge.safetensors import FloatArray, Tensor
-
-HfConfig = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,13 @@ class Part:
 
     name: str
     rows: str = ""
-    """The part of a fused matrix's output rows: q, k or v of one qkv matrix; empty is all of them."""
+    """The part of a fused matrix's output rows: q, k or v of one qkv, gate or up of one; empty is all of them."""
+    per_head: bool = False
+    """The fused parts alternate head by head: q, k and v of the first head, then of the second (GPT-NeoX)."""
     transpose: bool = False
     """Stored as [in, out] (GPT-2's Conv1D)."""
+    plus: float = 0.0
+    """Added to what is stored; with no name, nothing is, and this is all."""
 
 
 @dataclass(frozen=True)
@@ -48,115 +53,6 @@ class Family:
     """Prefixes some publishers put before, or leave out of, every name."""
     ignored: tuple[str, ...] = ()
     """Endings of stored tensors that are not weights (buffers)."""
-
-
-# ---- configurations ------------------------------------------------------------------------------------------------
-
-_ACTIVATIONS: dict[str, Activation] = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-}
-
-
-def _need(c: HfConfig, key: str) -> Any:
-    if c.get(key) is None:
-        raise CheckpointError(f"config.json has no {key}, which {c.get('model_type', 'this family')} needs")
-    return c[key]
-
-
-def _activation(c: HfConfig, key: str) -> Activation:
-    name = c.get(key, "silu")
-    if name not in _ACTIVATIONS:
-        raise UnsupportedModelError(f"activation {name!r} is not supported; known are {', '.join(_ACTIVATIONS)}")
-    return _ACTIVATIONS[name]
-
-
-def _rope(c: HfConfig) -> tuple[float, RopeScaling | None]:
-    """Base and scaling, from `rope_theta` + `rope_scaling` or the newer `rope_parameters` that holds both."""
-    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
-    theta = float(rope.get("rope_theta") or c.get("rope_theta") or 10000.0)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return theta, None
-    if kind == "linear":
-        return theta, RopeScaling(kind="linear", factor=float(rope["factor"]))
-    if kind == "llama3":
-        return theta, RopeScaling(
-            kind="llama3",
-            factor=float(rope["factor"]),
-            low_freq_factor=float(rope["low_freq_factor"]),
-            high_freq_factor=float(rope["high_freq_factor"]),
-            original_context_length=int(rope["original_max_position_embeddings"]),
-        )
-    raise UnsupportedModelError(f"rope scaling {kind!r} is not supported; known are default, linear and llama3")
-
-
-def _llama_config(c: HfConfig) -> ModelConfig:
-    if c.get("sliding_window") is not None and c.get("use_sliding_window", True):
-        window, context = int(c["sliding_window"]), int(_need(c, "max_position_embeddings"))
-        if window < context:
-            raise UnsupportedModelError(f"sliding-window attention ({window} of {context} tokens) is not supported yet")
-    theta, scaling = _rope(c)
-    n_head, n_embd = int(_need(c, "num_attention_heads")), int(_need(c, "hidden_size"))
-    bias = bool(c.get("attention_bias", False))
-    return ModelConfig(
-        n_layer=int(_need(c, "num_hidden_layers")),
-        n_head=n_head,
-        n_kv_head=int(c.get("num_key_value_heads") or n_head),
-        n_embd=n_embd,
-        head_dim=int(c.get("head_dim") or n_embd // n_head),
-        n_ff=int(_need(c, "intermediate_size")),
-        vocab_size=int(_need(c, "vocab_size")),
-        context_length=int(_need(c, "max_position_embeddings")),
-        norm_eps=float(c.get("rms_norm_eps", 1e-6)),
-        rope_theta=theta,
-        rope_scaling=scaling,
-        tie_embeddings=bool(c.get("tie_word_embeddings", False)),
-        activation=_activation(c, "hidden_act"),
-        qkv_bias=bias,
-        out_bias=bias,
-        mlp_bias=bool(c.get("mlp_bias", False)),
-    )
-
-
-def _qwen2_config(c: HfConfig) -> ModelConfig:
-    return replace(_llama_config({"use_sliding_window": False, **c}), qkv_bias=True, out_bias=False)
-
-
-def _qwen3_config(c: HfConfig) -> ModelConfig:
-    return replace(_llama_config({"use_sliding_window": False, **c}), qk_norm=True)
-
-
-def _gpt2_config(c: HfConfig) -> ModelConfig:
-    if c.get("scale_attn_by_inverse_layer_idx") or not c.get("scale_attn_weights", True):
-        raise UnsupportedModelError(
-            "GPT-2 with another scale of attention scores than 1/sqrt(head_dim) is not supported"
-        )
-    n_head, n_embd = int(_need(c, "n_head")), int(_need(c, "n_embd"))
-    bias = bool(c.get("bias", True))
-    return ModelConfig(
-        n_layer=int(_need(c, "n_layer")),
-        n_head=n_head,
-        n_kv_head=n_head,
-        n_embd=n_embd,
-        head_dim=n_embd // n_head,
-        n_ff=int(c.get("n_inner") or 4 * n_embd),
-        vocab_size=int(_need(c, "vocab_size")),
-        context_length=int(c.get("n_positions") or _need(c, "n_ctx")),
-        norm_eps=float(c.get("layer_norm_epsilon", 1e-5)),
-        tie_embeddings=bool(c.get("tie_word_embeddings", True)),
-        norm="layer",
-        activation=_activation({"activation_function": "gelu_new", **c}, "activation_function"),
-        gated=False,
-        position="learned",
-        qkv_bias=bias,
-        out_bias=bias,
-        mlp_bias=bias,
-    )
 
 
 # ---- names ---------------------------------------------------------------------------------------------------------
@@ -190,6 +86,61 @@ _LLAMA_PARTS = _both(
     }
 )
 
+_FUSED_LLAMA_PARTS = _LLAMA_PARTS | _both(
+    {
+        **{f"blocks.{{i}}.attn.{x}": Part("model.layers.{i}.self_attn.qkv_proj", rows=x) for x in ("q", "k", "v")},
+        **{f"blocks.{{i}}.mlp.{x}": Part("model.layers.{i}.mlp.gate_up_proj", rows=x) for x in ("gate", "up")},
+    }
+)
+
+_POST_NORMS = _both(
+    {
+        "blocks.{i}.attn_post_norm": Part("model.layers.{i}.post_attention_layernorm"),
+        "blocks.{i}.mlp_post_norm": Part("model.layers.{i}.post_feedforward_layernorm"),
+    }
+)
+
+_GAINS = [name for name in _LLAMA_PARTS | _POST_NORMS if name.endswith("norm.weight")]
+
+
+def _one_more(table: Mapping[str, Part]) -> dict[str, Part]:
+    """Gemma's norms are stored as the gain less one."""
+    return {ours: replace(part, plus=1.0) if ours in _GAINS else part for ours, part in table.items()}
+
+
+_GEMMA_PARTS = _one_more(_LLAMA_PARTS)
+_GEMMA2_PARTS = _one_more(
+    _LLAMA_PARTS | _POST_NORMS | _both({"blocks.{i}.mlp_norm": Part("model.layers.{i}.pre_feedforward_layernorm")})
+)
+
+_NANOCHAT_PARTS = {
+    **_LLAMA_PARTS,
+    **dict.fromkeys(["embed_norm.weight", *_GAINS], Part("", plus=1.0)),
+    **_both(
+        {
+            "blocks.{i}.mlp.up": Part("model.layers.{i}.mlp.fc1"),
+            "blocks.{i}.mlp.down": Part("model.layers.{i}.mlp.fc2"),
+        }
+    ),
+}
+
+_GPT_NEOX_PARTS = _both(
+    {
+        "embed": Part("gpt_neox.embed_in"),
+        "blocks.{i}.attn_norm": Part("gpt_neox.layers.{i}.input_layernorm"),
+        **{
+            f"blocks.{{i}}.attn.{x}": Part("gpt_neox.layers.{i}.attention.query_key_value", rows=x, per_head=True)
+            for x in ("q", "k", "v")
+        },
+        "blocks.{i}.attn.o": Part("gpt_neox.layers.{i}.attention.dense"),
+        "blocks.{i}.mlp_norm": Part("gpt_neox.layers.{i}.post_attention_layernorm"),
+        "blocks.{i}.mlp.up": Part("gpt_neox.layers.{i}.mlp.dense_h_to_4h"),
+        "blocks.{i}.mlp.down": Part("gpt_neox.layers.{i}.mlp.dense_4h_to_h"),
+        "norm": Part("gpt_neox.final_layer_norm"),
+        "head": Part("embed_out"),
+    }
+)
+
 _GPT2_PARTS = _both(
     {
         "embed": Part("wte"),
@@ -211,20 +162,38 @@ _GPT2_PARTS = _both(
 _NANOGPT_PARTS = {ours: replace(part, transpose=False) for ours, part in _GPT2_PARTS.items()}
 
 FAMILIES: tuple[Family, ...] = (
-    Family("llama", ("LlamaForCausalLM",), _llama_config, _LLAMA_PARTS, ignored=(".rotary_emb.inv_freq",)),
-    Family("mistral", ("MistralForCausalLM",), _llama_config, _LLAMA_PARTS),
-    Family("qwen2", ("Qwen2ForCausalLM",), _qwen2_config, _LLAMA_PARTS),
-    Family("qwen3", ("Qwen3ForCausalLM",), _qwen3_config, _LLAMA_PARTS),
+    Family("llama", ("LlamaForCausalLM",), configs.llama, _LLAMA_PARTS, ignored=(".rotary_emb.inv_freq",)),
+    Family("mistral", ("MistralForCausalLM",), configs.mistral, _LLAMA_PARTS),
+    Family("qwen2", ("Qwen2ForCausalLM",), configs.qwen2, _LLAMA_PARTS),
+    Family("qwen3", ("Qwen3ForCausalLM",), configs.qwen3, _LLAMA_PARTS),
+    Family("phi3", ("Phi3ForCausalLM",), configs.phi3, _FUSED_LLAMA_PARTS),
+    Family("olmo2", ("Olmo2ForCausalLM",), configs.olmo2, _LLAMA_PARTS | _POST_NORMS),
+    Family(
+        "gpt_neox",
+        ("GPTNeoXForCausalLM",),
+        configs.gpt_neox,
+        _GPT_NEOX_PARTS,
+        ignored=(".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq"),
+    ),
+    Family("gemma", ("GemmaForCausalLM",), configs.gemma, _GEMMA_PARTS),
+    Family("gemma2", ("Gemma2ForCausalLM",), configs.gemma2, _GEMMA2_PARTS),
+    Family("gemma3_text", ("Gemma3ForCausalLM",), configs.gemma3, _GEMMA2_PARTS),
+    Family("nanochat", ("NanoChatForCausalLM",), configs.nanochat, _NANOCHAT_PARTS),
     Family(
         "gpt2",
         ("GPT2LMHeadModel", "GPT2Model"),
-        _gpt2_config,
+        configs.gpt2,
         _GPT2_PARTS,
         prefixes=("transformer.", ""),
         ignored=(".attn.bias", ".attn.masked_bias"),
     ),
     Family(
-        "nanogpt", ("NanoGPT",), _gpt2_config, _NANOGPT_PARTS, prefixes=("transformer.", ""), ignored=(".attn.bias",)
+        "nanogpt",
+        ("NanoGPT",),
+        configs.gpt2,
+        _NANOGPT_PARTS,
+        prefixes=("transformer.", ""),
+        ignored=(".attn.bias",),
     ),
 )
 
@@ -264,21 +233,29 @@ def tensor_shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
         ):  # in nanoGPT and GPT-2 alike, LayerNorm's bias goes with the linear layers'
             shapes[f"{name}.bias"] = (width,)
 
+    if c.embed_norm:
+        norm("embed_norm")
     for i in range(c.n_layer):
         b = f"blocks.{i}"
-        norm(f"{b}.attn_norm")
+        if c.pre_norm:
+            norm(f"{b}.attn_norm")
         linear(f"{b}.attn.q", c.q_size, c.n_embd, c.qkv_bias)
         linear(f"{b}.attn.k", c.kv_size, c.n_embd, c.qkv_bias)
         linear(f"{b}.attn.v", c.kv_size, c.n_embd, c.qkv_bias)
         if c.qk_norm:
-            norm(f"{b}.attn.q_norm", c.head_dim)
-            norm(f"{b}.attn.k_norm", c.head_dim)
+            norm(f"{b}.attn.q_norm", c.q_size if c.qk_norm_joint else c.head_dim)
+            norm(f"{b}.attn.k_norm", c.kv_size if c.qk_norm_joint else c.head_dim)
         linear(f"{b}.attn.o", c.n_embd, c.q_size, c.out_bias)
-        norm(f"{b}.mlp_norm")
+        if c.post_norm:
+            norm(f"{b}.attn_post_norm")
+        if c.pre_norm:
+            norm(f"{b}.mlp_norm")
         if c.gated:
             linear(f"{b}.mlp.gate", c.n_ff, c.n_embd, c.mlp_bias)
         linear(f"{b}.mlp.up", c.n_ff, c.n_embd, c.mlp_bias)
         linear(f"{b}.mlp.down", c.n_embd, c.n_ff, c.mlp_bias)
+        if c.post_norm:
+            norm(f"{b}.mlp_post_norm")
     norm("norm")
     if not c.tie_embeddings:
         linear("head", c.vocab_size, c.n_embd, False)
@@ -291,6 +268,9 @@ def source_tensors(family: Family, config: ModelConfig, stored: Mapping[str, Ten
     found: dict[str, Tensor] = {}
     for name, shape in tensor_shapes(config).items():
         part, layer = _part_of(family, name)
+        if not part.name:
+            found[name] = _constant(shape, part.plus)
+            continue
         stored_name = _find(family, part.name.format(i=layer), stored, name, where)
         used.add(stored_name)
         found[name] = _view(stored[stored_name], part, config, shape, f"{where}: {stored_name}")
@@ -320,28 +300,43 @@ def _find(family: Family, name: str, stored: Mapping[str, Tensor], ours: str, wh
     raise CheckpointError(f"{where} has no tensor {family.prefixes[0]}{name} ({ours})")
 
 
+def _constant(shape: tuple[int, ...], value: float) -> Tensor:
+    return Tensor(shape, "F32", lambda: np.full(shape, value, np.float32))
+
+
+_FUSED = (("q", "k", "v"), ("gate", "up"))
+
+
+def _span(rows: str, c: ModelConfig) -> tuple[int, int, int]:
+    """Where a part lies in its fused matrix: (first row, rows, rows of the whole)."""
+    sizes = {"q": c.q_size, "k": c.kv_size, "v": c.kv_size, "gate": c.n_ff, "up": c.n_ff}
+    group = next(group for group in _FUSED if rows in group)
+    before = group[: group.index(rows)]
+    return sum(sizes[x] for x in before), sizes[rows], sum(sizes[x] for x in group)
+
+
 def _view(tensor: Tensor, part: Part, c: ModelConfig, shape: tuple[int, ...], what: str) -> Tensor:
-    starts = {"q": (0, c.q_size), "k": (c.q_size, c.kv_size), "v": (c.q_size + c.kv_size, c.kv_size)}
-    full = shape if not part.rows else (c.q_size + 2 * c.kv_size, *shape[1:])
+    first, count, total = _span(part.rows, c) if part.rows else (0, shape[0], shape[0])
+    full = (total, *shape[1:])
     expected = full[::-1] if part.transpose else full
     if tensor.shape != expected:
         raise CheckpointError(f"{what} has the shape {list(tensor.shape)}; config.json implies {list(expected)}")
-    if not part.rows and not part.transpose:
+    if not part.rows and not part.transpose and not part.plus:
         return tensor
+    heads = c.n_head if part.per_head else 1
 
     def read() -> FloatArray:
         array = tensor.read()
         array = array.T if part.transpose else array
-        if part.rows:
-            first, count = starts[part.rows]
-            array = array[first : first + count]
-        return np.ascontiguousarray(array)
+        each = array.reshape(heads, total // heads, *shape[1:])[:, first // heads : (first + count) // heads]
+        rows = np.ascontiguousarray(each).reshape(shape)
+        return rows + np.float32(part.plus) if part.plus else rows
 
     return Tensor(shape, tensor.dtype, read)
 
 
 def _is_tied_head(name: str, config: ModelConfig) -> bool:
-    return config.tie_embeddings and name.endswith("lm_head.weight")
+    return config.tie_embeddings and name.endswith(("lm_head.weight", "embed_out.weight"))
 
 
 # ---- writing: gptedge's own checkpoints are Llama's ----------------------------------------------------------------
@@ -353,10 +348,20 @@ def checkpoint_name(name: str) -> str:
     return part.name.format(i=layer)
 
 
+_WRITTEN = (
+    *("n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "n_ff", "vocab_size", "context_length"),
+    *("norm_eps", "rope_theta", "tie_embeddings", "activation", "qkv_bias", "out_bias", "mlp_bias"),
+)
+
+
 def hf_config(c: ModelConfig) -> dict[str, Any]:
     """config.json of a Llama-shaped model. Raises UnsupportedModelError when the configuration is not Llama's."""
-    if (c.norm, c.position, c.gated, c.qk_norm) != ("rms", "rope", True, False) or c.rope_scaling or c.rotary_dim:
-        raise UnsupportedModelError("only Llama-shaped models (RMSNorm, plain RoPE, gated feed-forward) can be written")
+    other = [f.name for f in fields(c) if f.name not in _WRITTEN and getattr(c, f.name) != f.default]
+    if other or c.qkv_bias != c.out_bias:
+        raise UnsupportedModelError(
+            "only Llama-shaped models (RMSNorm, plain RoPE, gated feed-forward) can be written; "
+            f"this one differs in {', '.join(other) or 'qkv_bias or out_bias alone'}"
+        )
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

@@ -57,11 +57,18 @@ class Cache:
 def embed(model: GPT, ids: Tensor, positions: Tensor) -> Tensor:
     """[B, T] ids -> [B, T, C]."""
     x: Tensor = model.embed(ids)
-    return x if model.position is None else x + model.position(positions)
+    x = x if model.position is None else x + model.position(positions)
+    x = x if model.config.embed_scale == 1.0 else x * model.config.embed_scale
+    return norm(model.config, model.embed_norm, x)
 
 
-def norm(c: ModelConfig, layer: nn.Module, x: Tensor) -> Tensor:
-    """RMSNorm (arXiv:1910.07467) or LayerNorm over the last dimension, in float32 under autocast too."""
+def norm(c: ModelConfig, layer: nn.Module | None, x: Tensor) -> Tensor:
+    """RMSNorm (arXiv:1910.07467) or LayerNorm over the last dimension, in float32 under autocast too.
+
+    x itself where the family has no such norm.
+    """
+    if layer is None:
+        return x
     weight, bias = layer.get_parameter("weight"), getattr(layer, "bias", None)
     if c.norm == "layer":
         return F.layer_norm(x.float(), weight.shape, weight, bias, c.norm_eps)
@@ -76,17 +83,20 @@ def attention(c: ModelConfig, layer: Attention, x: Tensor, rope: Rope | None, i:
     with repeated heads 59, written out 184.
     """
     b, t, _ = x.shape
-    q = layer.q(x).view(b, t, c.n_head, c.head_dim)  # [B, T, H, D]
-    k = layer.k(x).view(b, t, c.n_kv_head, c.head_dim)  # [B, T, K, D]
-    v = layer.v(x).view(b, t, c.n_kv_head, c.head_dim)  # [B, T, K, D]
-    if layer.q_norm is not None and layer.k_norm is not None:
+    q, k, v = layer.q(x), layer.k(x), layer.v(x)
+    if c.qk_norm_joint:
+        q, k = norm(c, layer.q_norm, q).to(v.dtype), norm(c, layer.k_norm, k).to(v.dtype)
+    q = q.view(b, t, c.n_head, c.head_dim)  # [B, T, H, D]
+    k = k.view(b, t, c.n_kv_head, c.head_dim)  # [B, T, K, D]
+    v = v.view(b, t, c.n_kv_head, c.head_dim)  # [B, T, K, D]
+    if c.qk_norm and not c.qk_norm_joint:
         q, k = norm(c, layer.q_norm, q).to(v.dtype), norm(c, layer.k_norm, k).to(v.dtype)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, H|K, T, D]
     if rope is not None:
         q, k = rotate(q, rope), rotate(k, rope)
     if cache is not None:
         k, v = cache.extend(i, k, v)  # [B, K, S, D]
-    y = attend(q, k, v)  # [B, H, T, D]
+    y = attend(q, k, v, window=c.window(i), scale=c.attn_scale, softcap=c.attn_softcap)  # [B, H, T, D]
     out: Tensor = layer.o(y.transpose(1, 2).reshape(b, t, c.q_size))
     return out
 
@@ -99,13 +109,31 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest), dim=-1)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Each of the T queries, which are the last of S positions, sees the keys up to its own: [B, H, T, D]."""
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, *, window: int = 0, scale: float | None = None, softcap: float | None = None
+) -> Tensor:
+    """Each of the T queries, which are the last of S positions, sees the keys up to its own: [B, H, T, D].
+
+    With a window, only the last `window` of them.
+    """
     t, s = q.shape[2], k.shape[2]
     mask = None
-    if 1 < t < s:
+    if 1 < t < s or 0 < window < s or softcap is not None:
         mask = torch.ones(t, s, dtype=torch.bool, device=q.device).tril(s - t)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=t == s, enable_gqa=True)
+        mask = mask & ~mask.tril(s - t - window) if window else mask
+    if softcap is not None and mask is not None:
+        return _attend_capped(q, k, v, mask, scale, softcap)
+    causal = mask is None and t == s
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=True)
+
+
+def _attend_capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None, softcap: float) -> Tensor:
+    """Attention written out, whose scores are softly bounded; PyTorch's own has no such bound."""
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)  # [B, H, S, D]
+    scores = q @ k.transpose(2, 3) * (scale or q.shape[-1] ** -0.5)  # [B, H, T, S]
+    scores = softcap * torch.tanh(scores / softcap)
+    return scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v
 
 
 def mlp(c: ModelConfig, layer: MLP, x: Tensor) -> Tensor:
@@ -125,9 +153,11 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 
 
 def block(c: ModelConfig, layer: Block, x: Tensor, rope: Rope | None, i: int, cache: Cache | None) -> Tensor:
-    """Pre-norm residual block, [B, T, C] -> [B, T, C]."""
-    x = x + attention(c, layer.attn, norm(c, layer.attn_norm, x), rope, i, cache)
-    return x + mlp(c, layer.mlp, norm(c, layer.mlp_norm, x))
+    """Residual block, [B, T, C] -> [B, T, C]."""
+    update = attention(c, layer.attn, norm(c, layer.attn_norm, x), rope, i, cache)
+    after = x + norm(c, layer.attn_post_norm, update)
+    seen = x if c.parallel else after
+    return after + norm(c, layer.mlp_post_norm, mlp(c, layer.mlp, norm(c, layer.mlp_norm, seen)))
 
 
 class GPT(nn.Module):
@@ -138,6 +168,7 @@ class GPT(nn.Module):
         c = self.config = config
         self.embed = nn.Embedding(c.vocab_size, c.n_embd)
         self.position = nn.Embedding(c.context_length, c.n_embd) if c.position == "learned" else None
+        self.embed_norm = _norm_of(c, c.n_embd) if c.embed_norm else None
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
         self.norm = _norm_of(c, c.n_embd)
         self.head = None if c.tie_embeddings else nn.Linear(c.n_embd, c.vocab_size, bias=False)
@@ -160,12 +191,13 @@ class GPT(nn.Module):
             raise ContextOverflowError(f"{end} tokens do not fit the model's context of {c.context_length}")
         positions = torch.arange(start, end, device=ids.device)  # [T]
         x = embed(self, ids, positions)
-        rope = rope_tables(c, positions) if c.position == "rope" else None
+        ropes = {of: rope_tables(of, positions) for of in map(c.rope_of, range(c.n_layer)) if c.position == "rope"}
         for i, layer in enumerate(self.blocks):
             assert isinstance(layer, Block)
-            x = block(c, layer, x, rope, i, cache)
+            x = block(c, layer, x, ropes.get(c.rope_of(i)), i, cache)
         x = norm(c, self.norm, x)
-        return F.linear(x, self.embed.weight) if self.head is None else self.head(x)
+        logits: Tensor = F.linear(x, self.embed.weight) if self.head is None else self.head(x)
+        return logits if c.logit_softcap is None else c.logit_softcap * torch.tanh(logits / c.logit_softcap)
 
     def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats of the targets [B, T] after each of ids [B, T]."""
@@ -202,8 +234,8 @@ class Attention(nn.Module):
         self.q = nn.Linear(c.n_embd, c.q_size, bias=c.qkv_bias)
         self.k = nn.Linear(c.n_embd, c.kv_size, bias=c.qkv_bias)
         self.v = nn.Linear(c.n_embd, c.kv_size, bias=c.qkv_bias)
-        self.q_norm = _norm_of(c, c.head_dim) if c.qk_norm else None
-        self.k_norm = _norm_of(c, c.head_dim) if c.qk_norm else None
+        self.q_norm = _norm_of(c, c.q_size if c.qk_norm_joint else c.head_dim) if c.qk_norm else None
+        self.k_norm = _norm_of(c, c.kv_size if c.qk_norm_joint else c.head_dim) if c.qk_norm else None
         self.o = nn.Linear(c.q_size, c.n_embd, bias=c.out_bias)
 
 
@@ -218,10 +250,12 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, c: ModelConfig) -> None:
         super().__init__()
-        self.attn_norm = _norm_of(c, c.n_embd)
+        self.attn_norm = _norm_of(c, c.n_embd) if c.pre_norm else None
         self.attn = Attention(c)
-        self.mlp_norm = _norm_of(c, c.n_embd)
+        self.attn_post_norm = _norm_of(c, c.n_embd) if c.post_norm else None
+        self.mlp_norm = _norm_of(c, c.n_embd) if c.pre_norm else None
         self.mlp = MLP(c)
+        self.mlp_post_norm = _norm_of(c, c.n_embd) if c.post_norm else None
 
 
 def _norm_of(c: ModelConfig, width: int) -> nn.Module:

@@ -14,8 +14,9 @@ import transformers
 from gptedge.bundle import open_bundle
 from gptedge.checkpoint import TOKENIZER, open_checkpoint
 from gptedge.export.exporter import export
+from gptedge.quantize.quantizer import quantize
 from gptedge.runtime.session import Session
-from gptedge.train.model import GPT
+from gptedge.train.model import GPT, Cache
 from tests.conftest import make_tokenizer
 
 SHAPE = {
@@ -30,6 +31,9 @@ SHAPE = {
     "bos_token_id": 0,
     "eos_token_id": 0,
 }
+PAD = {"pad_token_id": 0}
+NEOX = {**{k: v for k, v in SHAPE.items() if k != "num_key_value_heads"}, "hidden_size": 192}
+ROTARY_HALF = {"rope_parameters": {"rope_type": "default", "rope_theta": 3000.0, "partial_rotary_factor": 0.5}}
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 3000.0,
@@ -51,6 +55,78 @@ MODELS: dict[str, tuple[Callable[..., transformers.PreTrainedConfig], dict[str, 
         {**SHAPE, "head_dim": 16, "rope_parameters": {"rope_type": "linear", "rope_theta": 3000.0, "factor": 3.0}},
     ),
     "mistral": (transformers.MistralConfig, {**SHAPE, "head_dim": 32, "sliding_window": None}),
+    "mistral, window": (transformers.MistralConfig, {**SHAPE, "head_dim": 32, "sliding_window": 21}),
+    "phi3": (transformers.Phi3Config, {**SHAPE, **PAD, "hidden_size": 96}),
+    "phi3, window, partial rope": (
+        transformers.Phi3Config,
+        {
+            **SHAPE,
+            **PAD,
+            "hidden_size": 192,
+            "sliding_window": 33,
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 3000.0, "partial_rotary_factor": 0.5},
+        },
+    ),
+    "olmo2": (transformers.Olmo2Config, {**SHAPE, **PAD, "hidden_size": 96, "attention_bias": True}),
+    "gemma": (transformers.GemmaConfig, {**SHAPE, **PAD, "head_dim": 32, "hidden_act": "gelu"}),
+    "gemma2": (
+        transformers.Gemma2Config,
+        {
+            **SHAPE,
+            **PAD,
+            "head_dim": 32,
+            "sliding_window": 19,
+            "query_pre_attn_scalar": 50,
+            "attn_logit_softcapping": 3.0,
+            "final_logit_softcapping": 4.0,
+        },
+    ),
+    "gemma3": (
+        transformers.Gemma3TextConfig,
+        {
+            **SHAPE,
+            **PAD,
+            "head_dim": 32,
+            "sliding_window": 23,
+            "query_pre_attn_scalar": 50,
+            "sliding_window_pattern": 3,
+            "final_logit_softcapping": 4.0,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+                "full_attention": {"rope_type": "linear", "rope_theta": 4000.0, "factor": 3.0},
+            },
+        },
+    ),
+    "gemma3, window beyond the context": (
+        transformers.Gemma3TextConfig,
+        {**SHAPE, **PAD, "head_dim": 32, "sliding_window": 230, "sliding_window_pattern": 2},
+    ),
+    "nanochat": (
+        transformers.NanoChatConfig,
+        {**SHAPE, **PAD, "hidden_size": 96, "attention_bias": True, "final_logit_softcapping": 3.0},
+    ),
+    "nanochat, unbounded": (
+        transformers.NanoChatConfig,
+        {**SHAPE, **PAD, "hidden_size": 96, "final_logit_softcapping": None, "tie_word_embeddings": True},
+    ),
+    "gpt_neox": (transformers.GPTNeoXConfig, {**NEOX, **ROTARY_HALF}),
+    "gpt_neox, a quarter of a small head rotates": (transformers.GPTNeoXConfig, NEOX),
+    "gpt_neox, sequential, unbiased, tied": (
+        transformers.GPTNeoXConfig,
+        {
+            **NEOX,
+            **ROTARY_HALF,
+            "use_parallel_residual": False,
+            "attention_bias": False,
+            "tie_word_embeddings": True,
+            "hidden_act": "gelu_fast",
+        },
+    ),
+    "qwen2, window in some layers": (
+        transformers.Qwen2Config,
+        {**SHAPE, "hidden_size": 96, "use_sliding_window": True, "sliding_window": 13, "max_window_layers": 1},
+    ),
     "qwen2": (transformers.Qwen2Config, {**SHAPE, "hidden_size": 96, "tie_word_embeddings": True}),
     "qwen3": (transformers.Qwen3Config, {**SHAPE, "head_dim": 32}),
     "gpt2": (
@@ -140,11 +216,28 @@ def test_pytorch_gpt_agrees_too(pair: tuple[torch.nn.Module, Path, Path]) -> Non
     assert_close(logits_of(GPT.from_checkpoint(open_checkpoint(checkpoint)).eval(), ids), logits_of(model, ids))
 
 
+def test_pytorch_gpt_with_its_cache(pair: tuple[torch.nn.Module, Path, Path]) -> None:
+    model, checkpoint, _ = pair
+    gpt, ids, cache = GPT.from_checkpoint(open_checkpoint(checkpoint)).eval(), ids_of(70, seed=4), Cache()
+    with torch.no_grad():
+        rows = [gpt(torch.tensor([chunk]), cache)[0].numpy() for chunk in (ids[:41], ids[41:42], ids[42:])]
+    assert_close(np.concatenate(rows), logits_of(model, ids))
+
+
 def test_last_row_alone_is_the_last_of_all(pair: tuple[torch.nn.Module, Path, Path]) -> None:
     _, _, bundle = pair
     session, ids = Session(open_bundle(bundle)), ids_of(40)
     every = session.run(ids, session.new_cache(), every_row=True)
     np.testing.assert_allclose(session.run(ids, session.new_cache()), every[-1:], atol=1e-5 * every.std())
+
+
+def test_int8_computes_nearly_the_same(pair: tuple[torch.nn.Module, Path, Path], tmp_path: Path) -> None:
+    _, _, bundle = pair
+    ids = ids_of(60)
+    quantize(bundle, tmp_path / "int8", recipe="int8")
+    plain, small = (Session(open_bundle(b)) for b in (bundle, tmp_path / "int8"))
+    expected, got = (s.run(ids, s.new_cache(), every_row=True) for s in (plain, small))
+    assert np.abs(got - expected).mean() <= 0.2 * expected.std()
 
 
 def test_graph_of_a_stranger_sees_only_the_contract(pair: tuple[torch.nn.Module, Path, Path]) -> None:
