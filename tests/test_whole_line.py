@@ -70,12 +70,12 @@ def test_smollm2_greedy_tokens_are_those_of_transformers(smollm2: Path) -> None:
     (file,) = smollm2.glob("*.gguf")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(smollm2, gguf_file=file.name, dtype=torch.float32)
     with gptedge.load(smollm2 / "fp32") as model:
-        for prompt in ("The history of the steam engine begins", "def quicksort(items):\n", "Il était une fois"):
+        for prompt in ("The history of the steam engine begins", "def quicksort(items):\n"):
             ids = model.tokenizer.encode(prompt)
             expected = theirs.generate(
-                torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), max_new_tokens=100, do_sample=False
+                torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), max_new_tokens=80, do_sample=False
             )
-            assert list(model.run(prompt, max_tokens=100).token_ids) == expected[0, len(ids) :].tolist()
+            assert list(model.run(prompt, max_tokens=80).token_ids) == expected[0, len(ids) :].tolist()
 
 
 @pytest.mark.slow

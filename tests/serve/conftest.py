@@ -52,6 +52,7 @@ class FakeTokenizer:
     """A token is a byte, or <end>."""
 
     bos_id = None
+    special_ids: frozenset[int] = frozenset()
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         try:

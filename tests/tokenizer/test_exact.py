@@ -54,12 +54,12 @@ def test_fuzz(make, pairs, strings):
 def test_fuzz_long(make, pairs, strings):
     rng = random.Random(make)
     size = pairs[make].theirs.get_vocab_size() + 3
-    for text in strings(50_000, 1000 + MAKES.index(make)):
+    for text in strings(10_000, 1000 + MAKES.index(make)):
         check(pairs[make], text, [rng.randrange(size) for _ in range(rng.randrange(12))])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", ["qwen2", "gpt4o", "llama2", "subwords"])
+@pytest.mark.parametrize("make", ["qwen2", "subwords"])
 def test_every_scalar_value(make, pairs):
     for i in range(0, len(SCALARS), 100):
         for gap in ("", "a", " 1"):
