@@ -6,12 +6,12 @@ import json
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from gptedge.bundle import GENAI_CONFIG, GRAPH, GRAPH_DATA, open_bundle, write_manifest
 from gptedge.checkpoint import CONFIG, GENERATION_CONFIG, TOKENIZER, Checkpoint
 from gptedge.config import ModelConfig
-from gptedge.errors import CheckpointError, UnsupportedModelError
+from gptedge.errors import CheckpointError, UnsupportedModelError, UsageError
 from gptedge.export import parity as parity_check
 from gptedge.export.decoder import Report, build, silent
 from gptedge.export.genai import genai_config
@@ -24,7 +24,8 @@ from gptedge.onnx_file import WeightFile, save_graph
 from gptedge.runtime.session import Session
 from gptedge.tokenizer import Tokenizer
 
-DType = Literal["fp32", "fp16"]
+DTYPES = ("fp32", "fp16")
+"""How weights can be stored."""
 PACKAGES = ("onnx",)
 """What a bundle's bytes depend on, besides gptedge."""
 
@@ -45,7 +46,7 @@ def export(
     source: Path,
     out: Path,
     *,
-    dtype: DType = "fp32",
+    dtype: str = "fp32",
     verify: bool = True,
     tokenizer: Path | None = None,
     force: bool = False,
@@ -53,10 +54,12 @@ def export(
 ) -> ExportResult:
     """Write the bundle `out` from the checkpoint `source`; `tokenizer` is a tokenizer.json for a source without one.
 
-    Raises CheckpointError, UnsupportedModelError, OutputExistsError, or ParityError when the graph does not compute
-    what the checkpoint computes; then nothing is written.
+    `dtype` is one of DTYPES. Raises UsageError, CheckpointError, UnsupportedModelError, OutputExistsError, or
+    ParityError when the graph does not compute what the checkpoint computes; then nothing is written.
     """
     start = time.perf_counter()
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
     check_destination(out, force=force)
     checkpoint = _with_tokenizer(open_source(Path(source)), tokenizer)
     config, weights = checkpoint.config, checkpoint.weights()

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from gptedge.cli.common import BundleArgument, Json, Threads, emit, progress
-from gptedge.cli.gates import MaxKld, MaxPplIncrease, MaxSizeMb, MinTop1, judge, requested
+from gptedge.cli.gates import Baseline, MaxKld, MaxPplIncrease, MaxSizeMb, MinTop1, judge, requested
 from gptedge.errors import UsageError
 
 
@@ -24,11 +24,12 @@ def command(
     max_kld: MaxKld = None,
     min_top1: MinTop1 = None,
     max_size_mb: MaxSizeMb = None,
+    baseline: Baseline = None,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Measure quality on a text."""
-    gates = requested(max_ppl_increase, max_kld, min_top1, max_size_mb)
+    gates = requested(max_ppl_increase, max_kld, min_top1, max_size_mb, baseline)
     if reference is None and gates.needs_quality:
         raise UsageError("quality gates need --reference BUNDLE to compare with")
     facts = measure(bundle, text, reference=reference, context=context, threads=threads, max_windows=max_windows)

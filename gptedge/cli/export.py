@@ -26,11 +26,11 @@ def command(
     as_json: Json = False,
 ) -> None:
     """Write a checkpoint as an ONNX bundle with KV-cache inputs."""
-    one_of("--dtype", dtype, ("fp32", "fp16"))
     with needs("export"):
-        from gptedge.export.exporter import export
+        from gptedge.export.exporter import DTYPES, export
+    one_of("--dtype", dtype, DTYPES)
     with progress("export") as report:
-        result = export(source, out, dtype=dtype, verify=verify, tokenizer=tokenizer, force=force, report=report)  # type: ignore[arg-type]
+        result = export(source, out, dtype=dtype, verify=verify, tokenizer=tokenizer, force=force, report=report)
     value = {**asdict(result), "bundle": str(result.bundle)}
     p = result.parity
     checked = "not verified" if p is None else (

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from gptedge.cli.common import say
-from gptedge.errors import GateFailed, UsageError
+from gptedge.errors import DataError, GateFailed, UsageError
+from gptedge.text import read_text
 
 MaxPplIncrease = Annotated[str | None, typer.Option(metavar="P%", help="Fail if perplexity rises more, as 2% or 0.02.")]
 MaxKld = Annotated[float | None, typer.Option("--max-kld", "--max-kl", help="Fail if mean KL divergence is larger.")]
 MinTop1 = Annotated[
     str | None, typer.Option(metavar="P%", help="Fail if the likeliest tokens agree less often, as 95% or 0.95.")
 ]
+Baseline = Annotated[Path | None, typer.Option(help="JSON that eval printed earlier: fail if anything is worse.")]
 MaxSizeMb = Annotated[float | None, typer.Option(help="Fail if graph and weights are larger, in MB.")]
+
+
+BASELINE_SLACK = 0.02
+_BASELINE_FACTS = {"ppl_increase": True, "kl_divergence.mean": True, "top1_agreement": False, "size_mb": True}
+"""What --baseline compares, and whether more is worse."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +69,11 @@ class Verdicts:
 
 
 def requested(
-    max_ppl_increase: str | None, max_kld: float | None, min_top1: str | None, max_size_mb: float | None
+    max_ppl_increase: str | None,
+    max_kld: float | None,
+    min_top1: str | None,
+    max_size_mb: float | None,
+    baseline: Path | None = None,
 ) -> Gates:
     """Gates for those options that were given."""
     rows = (
@@ -69,16 +82,41 @@ def requested(
         ("min-top1", "top1_agreement", _fraction("--min-top1", min_top1), False),
         ("max-size-mb", "size_mb", max_size_mb, True),
     )
-    return Gates(tuple(Gate(name, fact, bound, upper) for name, fact, bound, upper in rows if bound is not None))
+    gates = [Gate(name, fact, bound, upper) for name, fact, bound, upper in rows if bound is not None]
+    return Gates(tuple(gates + _no_worse_than(baseline)))
+
+
+def _no_worse_than(baseline: Path | None) -> list[Gate]:
+    """Gates at the values of an earlier result, with BASELINE_SLACK of room, since processors round differently."""
+    if baseline is None:
+        return []
+    try:
+        facts = json.loads(read_text(baseline))
+    except ValueError as e:
+        raise DataError(f"{baseline} is not JSON: {e}") from None
+    gates = []
+    for fact, is_upper in _BASELINE_FACTS.items():
+        value = _look_up(facts, fact) if isinstance(facts, dict) else None
+        if isinstance(value, (int, float)):
+            room = BASELINE_SLACK * abs(value)
+            gates.append(Gate(f"baseline {fact}", fact, value + room if is_upper else value - room, is_upper))
+    if not gates:
+        raise DataError(f"{baseline} has none of {', '.join(_BASELINE_FACTS)}; give what eval --json printed")
+    return gates
+
+
+def _look_up(facts: Mapping[str, Any], dotted: str) -> Any:
+    value: Any = facts
+    for key in dotted.split("."):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
 
 
 def judge(gates: Gates, facts: Mapping[str, Any]) -> Verdicts:
     """Compare and say each verdict on stderr. A value that is not a number fails."""
     verdicts = []
     for gate in gates.gates:
-        value: Any = facts
-        for key in gate.fact.split("."):
-            value = value[key]
+        value = _look_up(facts, gate.fact)
         ok = bool(value <= gate.bound if gate.is_upper else value >= gate.bound)
         verdicts.append(Verdict(gate.name, float(value), gate.bound, ok))
         sign = "<=" if gate.is_upper else ">="

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from gptedge.cli.common import BundleArgument, Force, Json, Threads, emit, needs, one_of, progress
-from gptedge.cli.gates import MaxKld, MaxPplIncrease, MaxSizeMb, MinTop1, judge, requested
+from gptedge.cli.gates import Baseline, MaxKld, MaxPplIncrease, MaxSizeMb, MinTop1, judge, requested
 from gptedge.errors import UsageError
 
 
@@ -17,17 +17,22 @@ def command(
     bundle: BundleArgument,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The new bundle's folder.")],
     recipe: Annotated[str, typer.Option(help="int8 or int4-rtn.")] = "int8",
+    calibration: Annotated[
+        Path | None, typer.Option(help="Text for recipes that learn from data; gates use it where --text is not given.")
+    ] = None,
     text: Annotated[Path | None, typer.Option(help="Text that the quality gates are measured on.")] = None,
     max_ppl_increase: MaxPplIncrease = None,
     max_kld: MaxKld = None,
     min_top1: MinTop1 = None,
     max_size_mb: MaxSizeMb = None,
+    baseline: Baseline = None,
     threads: Threads = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Quantize a bundle's weights."""
-    gates = requested(max_ppl_increase, max_kld, min_top1, max_size_mb)
+    gates = requested(max_ppl_increase, max_kld, min_top1, max_size_mb, baseline)
+    text = text or calibration
     if gates.needs_quality and text is None:
         raise UsageError("quality gates need --text FILE to be measured on")
     with needs("quantize"):
