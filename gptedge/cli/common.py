@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from gptedge.errors import MissingExtraError, UsageError
+from gptedge.interrupts import interrupts_held
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
@@ -67,7 +68,8 @@ def one_of(option: str, value: str, known: Iterable[str]) -> None:
 def needs(extra: str) -> Iterator[None]:
     """Around imports of optional packages: a missing one becomes a line that says what to install."""
     try:
-        yield
+        with interrupts_held():
+            yield
     except ModuleNotFoundError as e:
         raise MissingExtraError(f"{e.name} is not installed, which this needs; install gptedge[{extra}]") from None
 

@@ -6,6 +6,7 @@ import os
 from types import ModuleType
 
 from gptedge.errors import MissingExtraError, UsageError
+from gptedge.interrupts import interrupts_held
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
@@ -14,7 +15,8 @@ def import_onnxruntime() -> ModuleType:
     # Its wheels send telemetry unless told otherwise before the import; an offline tool stays offline.
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
-        import onnxruntime
+        with interrupts_held():
+            import onnxruntime
     except ImportError as e:
         raise MissingExtraError(
             f"onnxruntime cannot be imported ({e}); install gptedge[cpu] or gptedge[cuda]"

@@ -276,7 +276,7 @@ async def test_a_very_long_reply_leaves_the_keyboard_alive(drive: Any, monkeypat
         await append(self, text)
 
     monkeypatch.setattr(AssistantMessage, "append", counted)
-    async with drive(FakeModel([Turn(pieces, delay=0.0001)]), size=(60, 12)) as d:
+    async with drive(FakeModel([Turn(pieces, delay=0.0006)]), size=(60, 12)) as d:
         await d.ready()
         await d.send("long", wait=False)
         await d.until(lambda: d.app.reply is not None)
