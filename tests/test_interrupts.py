@@ -10,12 +10,17 @@ import pytest
 from gptedge.interrupts import interrupts_held
 
 
-def test_interrupt_comes_at_the_end() -> None:
-    reached = False
-    with pytest.raises(KeyboardInterrupt), interrupts_held():
+def interrupted_inside(after: list[str]) -> None:
+    with interrupts_held():
         signal.raise_signal(signal.SIGINT)
-        reached = True
-    assert reached
+        after.append("reached")
+
+
+def test_interrupt_comes_at_the_end() -> None:
+    after: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        interrupted_inside(after)
+    assert after == ["reached"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
