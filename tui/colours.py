@@ -85,7 +85,7 @@ class BackgroundQuery:
         if self._before is not None:
             import termios
 
-            termios.tcsetattr(sys.stdin, termios.TCSANOW, self._before)  # type: ignore[arg-type]
+            termios.tcsetattr(sys.stdin, termios.TCSANOW, self._before)  # type: ignore[arg-type]  # what tcgetattr gave
             self._before = None
 
 

@@ -68,7 +68,7 @@ class Loader(threading.Thread):
         start = time.perf_counter()
         try:
             self.model = self._load()
-        except Exception as e:
+        except Exception as e:  # a thread has no caller: the app is told, and ends with it
             self._post(LoadFailed(e))
         else:
             self._post(Loaded(self.model, time.perf_counter() - start))
@@ -125,7 +125,7 @@ class Reply(threading.Thread):
                 self._stream.cancel()
             with self._stream:
                 self._read(self._stream)
-        except Exception as e:
+        except Exception as e:  # a thread has no caller: the app shows it in the conversation
             error = e
         result = _kept(self._stream)
         self._post(Ended(result, error, self._file.save(self.chat.messages)))

@@ -247,7 +247,7 @@ def _check_readable(path: Path, kind: Any) -> None:
     gguf = _gguf()
     try:
         gguf.quants.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
-    except NotImplementedError:
+    except NotImplementedError:  # how the gguf package says that it knows a type only by name
         raise UnsupportedModelError(f"{path} has tensors of type {kind.name}, which cannot be dequantized") from None
 
 

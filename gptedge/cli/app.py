@@ -91,7 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         return _fail(str(e), e.exit_code, wants_json)
-    except Exception as e:
+    except Exception as e:  # the last line of defence: nobody is shown a traceback without asking
         if debug:
             traceback.print_exc()
         return _fail(_plain(e), 1, wants_json)

@@ -123,7 +123,7 @@ def _plain(
     from gptedge.tui.store import ChatFile, chats_folder
 
     if sys.stdout.encoding.lower() != "utf-8":
-        sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
+        sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]  # typed as any TextIO
     with load(bundle, threads=threads, provider=provider) as model:
         chat = model.chat(system=system, params=params)
         file = None

@@ -22,7 +22,7 @@ def command(
     with needs("all"):
         # Asked for now, rather than after two minutes of training.
         import gptedge.export.exporter
-        import gptedge.train.trainer  # noqa: F401
+        import gptedge.train.trainer  # noqa: F401  (only asked for)
         from gptedge import demo
     result = demo.run(out, _Terminal(), train_seconds=train_seconds or demo.TRAIN_SECONDS)
     head = ["bundle", "MB", "perplexity", "KL", "tokens/s"]

@@ -77,7 +77,7 @@ def _answered(endpoint: Callable[[Request], Awaitable[ASGIApp]]) -> Callable[[Re
             return await endpoint(request)
         except ClientDisconnect:
             return Response(status_code=CLIENT_LEFT)
-        except Exception as e:
+        except Exception as e:  # one request must not end the server; _api_error logs what nobody foresaw
             return error_response(_api_error(e))
 
     return answer
@@ -156,7 +156,7 @@ async def _events(reply: Reply, answer: Answer, include_usage: bool) -> AsyncIte
         async for body in _bodies(reply, answer, include_usage):
             yield event(body)
         yield DONE
-    except Exception as e:
+    except Exception as e:  # the status is sent already: what is left is to say it in the stream
         yield event(_api_error(e).body)
 
 

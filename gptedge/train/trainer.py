@@ -206,7 +206,7 @@ class Trainer:
         """One update of the weights; gives the loss and the norm of the gradients before it."""
         with autocast(self.precision):
             loss = self.model.loss(ids, targets)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
         self._check_finite(loss.item(), norm.item(), rate)
         for group in self.optimizer.param_groups:
