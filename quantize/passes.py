@@ -6,13 +6,14 @@ also the output projection is stored once, for both operators read the same byte
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper
 
+from gptedge.errors import UsageError
 from gptedge.onnx_file import MICROSOFT
 from gptedge.quantize.recipes import Recipe, Scheme
 
@@ -29,6 +30,7 @@ class Target:
     rows: int
     width: int
     scheme: Scheme
+    method: str
     products: tuple[str, ...]
     """Names of the FusedMatMul nodes."""
     lookups: tuple[str, ...]
@@ -36,7 +38,7 @@ class Target:
 
 
 def find_targets(model: onnx.ModelProto, recipe: Recipe) -> list[Target]:
-    """Matrices that products and token lookups use, in the graph's order."""
+    """Matrices that products and token lookups use and the recipe covers, in the order in which the graph uses them."""
     shapes = {t.name: tuple(t.dims) for t in model.graph.initializer if len(t.dims) == 2}
     sources = {
         node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "Cast" and node.input[0] in shapes
@@ -48,19 +50,22 @@ def find_targets(model: onnx.ModelProto, recipe: Recipe) -> list[Target]:
         name = sources.get(operand, operand)
         if name in shapes:
             (lookups if node.op_type == "Gather" else products).setdefault(name, []).append(node.name)
-    tables = set(lookups) | {name for name, nodes in products.items() if "head" in nodes}
-    return [
-        Target(
-            name,
-            rows,
-            width,
-            recipe.table if name in tables else recipe.linear,
-            tuple(products.get(name, ())),
-            tuple(lookups.get(name, ())),
-        )
-        for name, (rows, width) in shapes.items()
-        if name in products or (name in lookups and "embed" in lookups[name])
-    ]
+    found = []
+    for name, (rows, width) in shapes.items():
+        group = recipe.group_of(name.removesuffix(".half"))  # as weights stored in float16 are called
+        if group and (name in products or "embed" in lookups.get(name, ())):
+            uses = tuple(products.get(name, ())), tuple(lookups.get(name, ()))
+            found.append(Target(name, rows, width, group.scheme, group.method, *uses))
+            _check(found[-1])
+    order = {node.name: i for i, node in enumerate(model.graph.node)}
+    return sorted(found, key=lambda t: min(order[node] for node in (*t.products, *t.lookups)))
+
+
+def _check(target: Target) -> None:
+    if target.lookups and not target.scheme.symmetric:
+        raise UsageError(f"{target.weight} is looked up by rows: its scheme must be symmetric")
+    if target.lookups and target.method != "rtn":
+        raise UsageError(f"{target.weight} is looked up by rows: its method must be rtn, not {target.method}")
 
 
 def _weight_operand(node: NodeProto) -> str:
@@ -89,29 +94,37 @@ def rewrite(
     nodes = list(_rewritten(graph.node, targets, roles))
     del graph.node[:], graph.initializer[:]
     graph.node.extend(nodes)
-    graph.initializer.extend([*initializers, *_shape_constants(targets)])
+    graph.initializer.extend([*initializers, *(c for t in targets for c in shape_constants(t))])
 
 
 def _rewritten(
     nodes: Iterable[NodeProto], targets: list[Target], roles: dict[str, dict[str, str]]
 ) -> Iterator[NodeProto]:
     """The nodes in their order, those of `targets` replaced; a weight's scales are widened before its first use."""
-    by_node = {node: t for t in targets for node in (*t.products, *t.lookups)}
-    widened: set[str] = set()
+    replaced = {node for t in targets for node in (*t.products, *t.lookups)}
+    made: dict[str, list[NodeProto]] = {}
+    nodes = list(nodes)
+    by_name = {node.name: node for node in nodes if node.name in replaced}
+    for target in targets:
+        made |= replacements(target, roles[target.weight], by_name)
     for node in nodes:
-        target = by_node.get(node.name)
         if node.op_type == "Cast" and node.input[0] in roles:
             continue  # it widened the float16 weight that is no more
-        if target is None:
-            yield node
-            continue
-        if target.weight not in widened:
-            widened.add(target.weight)
-            yield _widen_scales(target, roles[target.weight])
-        if node.name in target.lookups:
-            yield from _lookup(node, target, roles[target.weight])
-        else:
-            yield _product(node, target, roles[target.weight])
+        yield from made.get(node.name, [node])
+
+
+def replacements(target: Target, roles: dict[str, str], nodes: Mapping[str, NodeProto]) -> dict[str, list[NodeProto]]:
+    """What stands in for each node of `target`, in the graph's order; scales are widened before their first use.
+    `roles` names the new initializers, `nodes` has the old nodes by name."""
+    order = [name for name in nodes if name in (*target.products, *target.lookups)]
+    made = {
+        name: list(_lookup(nodes[name], target, roles))
+        if name in target.lookups
+        else [_product(nodes[name], target, roles)]
+        for name in order
+    }
+    made[order[0]].insert(0, _widen_scales(target, roles))
+    return made
 
 
 def _widen_scales(target: Target, roles: dict[str, str]) -> NodeProto:
@@ -141,7 +154,6 @@ def _lookup(node: NodeProto, target: Target, roles: dict[str, str]) -> Iterator[
     scales, blocks = f"{name}.scales", f"{name}.blocks"
     yield helper.make_node("Reshape", [f"{weight}.scales.float", f"{weight}.scales.shape"], [scales], name=scales)
     inputs = [roles["packed"], node.input[1], scales]
-    assert "zero_points" not in roles, "the two operators lay zero points out differently: tables are symmetric"
     yield helper.make_node(
         "GatherBlockQuantized",
         inputs,
@@ -156,20 +168,21 @@ def _lookup(node: NodeProto, target: Target, roles: dict[str, str]) -> Iterator[
     flat = f"{name}.flat" if target.width % target.scheme.block_size else node.output[0]
     yield helper.make_node("Reshape", [blocks, f"{weight}.rows.shape"], [flat], name=f"{name}.flat")
     if flat != node.output[0]:
-        yield helper.make_node("Slice", [flat, "zero", f"{weight}.width", "minus_one"], list(node.output), name=name)
+        bounds = [f"{weight}.{bound}" for bound in ("zero", "width", "minus_one")]
+        yield helper.make_node("Slice", [flat, *bounds], list(node.output), name=name)
 
 
 def _zero_points(roles: dict[str, str]) -> list[str]:
     return [roles["zero_points"]] if "zero_points" in roles else []
 
 
-def _shape_constants(targets: list[Target]) -> list[TensorProto]:
-    values: dict[str, list[int]] = {}
-    for t in targets:
-        if t.lookups:
-            blocks = -(-t.width // t.scheme.block_size)
-            values[f"{t.weight}.scales.shape"] = [t.rows, blocks, 1]
-            values[f"{t.weight}.rows.shape"] = [0, 0, blocks * t.scheme.block_size]
-            if t.width % t.scheme.block_size:
-                values |= {f"{t.weight}.width": [t.width], "zero": [0], "minus_one": [-1]}
+def shape_constants(target: Target) -> list[TensorProto]:
+    """Small initializers that a table's lookup needs."""
+    if not target.lookups:
+        return []
+    weight, size = target.weight, target.scheme.block_size
+    blocks = -(-target.width // size)
+    values = {f"{weight}.scales.shape": [target.rows, blocks, 1], f"{weight}.rows.shape": [0, 0, blocks * size]}
+    if target.width % size:
+        values |= {f"{weight}.width": [target.width], f"{weight}.zero": [0], f"{weight}.minus_one": [-1]}
     return [onnx.numpy_helper.from_array(np.array(v, np.int64), name) for name, v in values.items()]

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,14 +20,15 @@ from gptedge.errors import BundleError, UsageError
 from gptedge.files import check_destination, new_folder
 from gptedge.measure import peak_rss_mb
 from gptedge.onnx_file import WeightFile, load_graph, read_initializer, save_graph
+from gptedge.quantize.calibrated import Calibrator
+from gptedge.quantize.calibration import WINDOW, Windows, own_windows, text_windows
 from gptedge.quantize.passes import Target, find_targets, rewrite
-from gptedge.quantize.recipes import RECIPES
-from gptedge.quantize.rounding import Blocks, quantize_rows
+from gptedge.quantize.recipes import Recipe, find_recipe
+from gptedge.quantize.rounding import Blocks, quantize_matrix
 from gptedge.runtime.onnx_runtime import default_threads
 
 Report = Callable[[int, int, str], None]
 FLOAT_RECIPES = ("fp32", "fp16")
-_CHUNK_VALUES = 1 << 19  # weights rounded at once by a thread; larger chunks fall out of the processor's cache
 
 
 @dataclass(frozen=True)
@@ -43,32 +45,37 @@ def quantize(
     out: Path,
     *,
     recipe: str,
+    calibration: Path | None = None,
+    seed: int = 0,
     force: bool = False,
     threads: int | None = None,
     report: Report = lambda done, total, note: None,
 ) -> QuantizeResult:
-    """Write `out` from the float bundle `source` with one of RECIPES.
+    """Write `out` from the float bundle `source`; `recipe` is one of RECIPES, or a .toml file.
 
-    Raises UsageError for an unknown recipe or a bundle that is quantized already, BundleError for a broken one.
+    `calibration` is text for recipes that learn from data; without one they use what the model writes itself, drawn
+    with `seed`. Raises UsageError for an unknown recipe or a bundle that is quantized already, BundleError for a broken
+    one, DataError for text that cannot be used or activations that are not finite.
     """
     start = time.perf_counter()
-    if recipe not in RECIPES:
-        raise UsageError(f"recipe {recipe!r} is not known; known are {', '.join(RECIPES)}")
+    name, rows = find_recipe(recipe)
     bundle = open_bundle(Path(source))
     _check_source(bundle)
     check_destination(out, force=force)
     verify(bundle)
     assert bundle.manifest is not None
+    job = _Job(bundle, rows, threads or default_threads(), seed, report)
+    windows = job.windows(calibration) if rows.needs_calibration else None
     with new_folder(Path(out), force=force) as folder:
-        for name in bundle.manifest["files"]:
-            if name not in (GRAPH, GRAPH_DATA, MANIFEST):
-                shutil.copyfile(bundle.path / name, folder / name)
-        _write_graph(bundle, folder, recipe, threads or default_threads(), report)
-        write_manifest(folder, family=bundle.manifest["family"], recipe=recipe, packages=("onnx",))
+        for file in bundle.manifest["files"]:
+            if file not in (GRAPH, GRAPH_DATA, MANIFEST):
+                shutil.copyfile(bundle.path / file, folder / file)
+        job.write_graph(folder, windows)
+        write_manifest(folder, family=bundle.manifest["family"], recipe=name, packages=("onnx",))
         size = open_bundle(folder).size_bytes
     return QuantizeResult(
         bundle=Path(out),
-        recipe=recipe,
+        recipe=name,
         size_mb=round(size / 1e6, 2),
         seconds=round(time.perf_counter() - start, 2),
         peak_rss_mb=peak_rss_mb(),
@@ -84,54 +91,61 @@ def _check_source(bundle: Bundle) -> None:
         )
 
 
-def _write_graph(bundle: Bundle, folder: Path, recipe: str, threads: int, report: Report) -> None:
-    model = load_graph(bundle.path / GRAPH)
-    targets = find_targets(model, RECIPES[recipe])
-    initializers = {t.name: t for t in model.graph.initializer}
-    importance = _Importance(model, initializers, bundle.path)
-    total, done = sum(t.rows * t.width for t in targets), 0
-    with WeightFile(folder / GRAPH_DATA) as file, ThreadPoolExecutor(threads) as pool:
+@dataclass(frozen=True)
+class _Job:
+    bundle: Bundle
+    recipe: Recipe
+    threads: int
+    seed: int
+    report: Report
 
-        def store(target: Target) -> dict[str, TensorProto]:
-            nonlocal done
-            rows = read_initializer(initializers[target.weight], bundle.path)
-            blocks = _quantize(rows, target, importance.of(target), pool)
-            done += rows.size
-            report(done, total, "weights")
-            return _initializers(file, target.weight, blocks)
+    def windows(self, calibration: Path | None) -> Windows:
+        """Token ids to calibrate on, [n_windows, T]."""
+        length = min(WINDOW, int(self.bundle.genai_config["model"]["context_length"]))
+        if calibration:
+            return text_windows(calibration, self.bundle, length, seed=self.seed)
+        return own_windows(self.bundle, length, threads=self.threads, seed=self.seed, report=self.report)
 
-        def keep(tensor: TensorProto) -> TensorProto:
-            if tensor.data_location != TensorProto.EXTERNAL:
-                return tensor
-            return file.add(tensor.name, [read_initializer(tensor, bundle.path)])
+    def write_graph(self, folder: Path, windows: Windows | None) -> None:
+        source, model = self.bundle.path, load_graph(self.bundle.path / GRAPH)
+        targets = find_targets(model, self.recipe)
+        initializers = {t.name: t for t in model.graph.initializer}
+        total, done = sum(t.rows * t.width for t in targets), 0
+        with WeightFile(folder / GRAPH_DATA) as file, ThreadPoolExecutor(self.threads) as pool:
+            importance = _Importance(model, initializers, source)
+            calibrator = (
+                None if windows is None else Calibrator(model, source, windows, threads=self.threads, pool=pool)
+            )
 
-        rewrite(model, targets, store, keep)
-    save_graph(folder / GRAPH, model)
+            def store(target: Target) -> dict[str, TensorProto]:
+                nonlocal done
+                rows = read_initializer(initializers[target.weight], source)
+                if calibrator and target.method == "gptq":
+                    blocks = calibrator.quantize(target, rows)
+                else:
+                    blocks = quantize_matrix(rows, target.scheme, importance.of(target), pool)
+                if calibrator:
+                    calibrator.put_in_place(target, blocks)
+                done += rows.size
+                self.report(done, total, "weights")
+                return _initializers(file, target.weight, blocks)
 
+            def keep(tensor: TensorProto) -> TensorProto:
+                if tensor.data_location != TensorProto.EXTERNAL:
+                    return tensor
+                return file.add(tensor.name, [read_initializer(tensor, source)])
 
-def _quantize(
-    rows: npt.NDArray[np.float32], target: Target, importance: npt.NDArray[np.float32] | None, pool: ThreadPoolExecutor
-) -> Blocks:
-    """Chunks of rows in parallel: numpy releases the interpreter's lock."""
-    step = max(1, _CHUNK_VALUES // target.width)
-    chunks = [rows[i : i + step] for i in range(0, len(rows), step)]
-    parts = list(pool.map(lambda c: quantize_rows(np.asarray(c, np.float32), target.scheme, importance), chunks))
-    zero_points = [p.zero_points for p in parts if p.zero_points is not None]
-    return Blocks(
-        np.concatenate([p.packed for p in parts]),
-        np.concatenate([p.scales for p in parts]),
-        np.concatenate(zero_points) if zero_points else None,
-    )
+            rewrite(model, targets, store, keep)
+        save_graph(folder / GRAPH, model)
 
 
 def _initializers(file: WeightFile, name: str, blocks: Blocks) -> dict[str, TensorProto]:
-    made = {
-        "packed": file.add(f"{name}.packed", [blocks.packed]),
-        "scales": file.add(f"{name}.scales", [blocks.scales]),
+    arrays: dict[str, npt.NDArray[Any] | None] = {
+        "packed": blocks.packed,
+        "scales": blocks.scales,
+        "zero_points": blocks.zero_points,
     }
-    if blocks.zero_points is not None:
-        made["zero_points"] = file.add(f"{name}.zero_points", [blocks.zero_points])
-    return made
+    return {role: file.add(f"{name}.{role}", [array]) for role, array in arrays.items() if array is not None}
 
 
 class _Importance:

@@ -1,11 +1,21 @@
-"""Recipes: which scheme each group of tensors gets. A new recipe is a new row."""
+"""Recipes: which scheme and method each group of weights gets. A new recipe is a new row, or a user's TOML file."""
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
 
-FLOAT = "fp32"
+from gptedge.errors import UsageError
+from gptedge.text import read_text
+
+METHODS = ("rtn", "gptq")
+"""How integers are chosen: rtn rounds each to the nearest and needs no data, gptq is calibrated (see gptq.py)."""
 
 
 @dataclass(frozen=True)
@@ -21,22 +31,95 @@ class Scheme:
     steps: int
     """Scales tried for each block and sign; 1 takes the block's own range as it is."""
 
+    def __post_init__(self) -> None:
+        if self.bits not in (4, 8):
+            raise UsageError(f"bits is {self.bits}; it must be 4 or 8")
+        if self.block_size < 16 or self.block_size & (self.block_size - 1):
+            raise UsageError(f"block_size is {self.block_size}; it must be a power of two, at least 16")
+        if self.steps < 1:
+            raise UsageError(f"steps is {self.steps}; it must be at least 1")
+
+
+@dataclass(frozen=True)
+class Group:
+    match: str
+    """Names of weights as a shell pattern: `embed.weight` is the table, `blocks.*.down.weight` every down projection."""
+    scheme: Scheme
+    method: str = "rtn"
+    """One of METHODS."""
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise UsageError(f"method is {self.method!r}; it must be one of {', '.join(METHODS)}")
+
 
 @dataclass(frozen=True)
 class Recipe:
     summary: str
-    linear: Scheme
-    table: Scheme
-    """The embedding table, and the output projection."""
+    groups: tuple[Group, ...]
+    """The first that matches a weight counts; a weight that none matches stays as it is."""
+
+    def group_of(self, name: str) -> Group | None:
+        return next((g for g in self.groups if fnmatchcase(name, g.match)), None)
+
+    @property
+    def needs_calibration(self) -> bool:
+        return any(g.method == "gptq" for g in self.groups)
 
 
 _INT8 = Scheme(bits=8, block_size=64, symmetric=True, steps=1)
+_INT4 = Scheme(bits=4, block_size=32, symmetric=False, steps=12)
+_TABLES = (Group("embed.weight", _INT8), Group("head.weight", _INT8))
 
 RECIPES: Mapping[str, Recipe] = {
-    "int8": Recipe("8-bit weights in blocks of 64", _INT8, _INT8),
+    "int8": Recipe("8-bit weights in blocks of 64; needs no data", (Group("*", _INT8),)),
     "int4-rtn": Recipe(
         "4-bit weights in blocks of 32, rounded to nearest with searched scales; 8-bit table; needs no data",
-        Scheme(bits=4, block_size=32, symmetric=False, steps=12),
-        _INT8,
+        (*_TABLES, Group("*", _INT4)),
+    ),
+    "int4": Recipe(
+        "4-bit weights in blocks of 32, calibrated: GPTQ on quantized inputs, then coordinate descent; 8-bit table",
+        (*_TABLES, Group("*", _INT4, "gptq")),
     ),
 }
+
+
+def find_recipe(name: str) -> tuple[str, Recipe]:
+    """A recipe and its name: a row of RECIPES, or a TOML file. Raises UsageError, offering the nearest name."""
+    if name.endswith(".toml"):
+        return Path(name).stem, read_recipe(Path(name))
+    if name in RECIPES:
+        return name, RECIPES[name]
+    near = difflib.get_close_matches(name, RECIPES, 1, 0.4)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise UsageError(f"recipe {name!r} is not known; {hint}known are {', '.join(RECIPES)}, or a .toml file")
+
+
+def read_recipe(path: Path) -> Recipe:
+    """A recipe from TOML: an optional `summary`, and a `[[group]]` for each row with the fields of Group and Scheme."""
+    try:
+        content = tomllib.loads(read_text(path))
+    except tomllib.TOMLDecodeError as e:
+        raise UsageError(f"{path} is not TOML: {e}") from None
+    groups = content.pop("group", [])
+    summary = content.pop("summary", path.stem)
+    if content:
+        raise UsageError(f"{path}: {next(iter(content))!r} is not known; known are summary and [[group]]")
+    if not isinstance(groups, list) or not groups:
+        raise UsageError(f"{path} has no [[group]]")
+    return Recipe(str(summary), tuple(_group(path, g) for g in groups))
+
+
+def _group(path: Path, row: Mapping[str, Any]) -> Group:
+    names = {f.name: f.type for c in (Scheme, Group) for f in dataclasses.fields(c) if f.name != "scheme"}
+    kinds: Mapping[str, type] = {"int": int, "bool": bool, "str": str}
+    values: dict[str, Any] = {"symmetric": False, "steps": _INT4.steps, "method": "rtn", **row}
+    if unknown := sorted(set(values) - set(names)):
+        raise UsageError(f"{path}: {unknown[0]!r} is not known; known are {', '.join(names)}")
+    if missing := [n for n in names if n not in values]:
+        raise UsageError(f"{path}: a [[group]] lacks {missing[0]}")
+    for name, value in values.items():
+        if type(value) is not kinds[str(names[name])]:
+            raise UsageError(f"{path}: {name} is {value!r}; it must be of type {names[name]}")
+    method, match = values.pop("method"), values.pop("match")
+    return Group(match, Scheme(**values), method)

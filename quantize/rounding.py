@@ -7,6 +7,7 @@ bytes are laid out as onnxruntime's MatMulNBits reads them (contrib operators, c
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ Candidates = Iterator[tuple[FloatArray, FloatArray]]
 """Scales and zero points to try, each [N, blocks]."""
 
 _SMALLEST_SHRINK = 0.75  # of a block's range; narrower ones never won in the search
+_CHUNK_VALUES = 1 << 19  # weights rounded at once by a thread; larger chunks fall out of the processor's cache
 _TINY = np.float32(np.finfo(np.float16).tiny)
 
 
@@ -39,9 +41,46 @@ def quantize_rows(weight: FloatArray, scheme: Scheme, importance: FloatArray | N
     blocks = _in_blocks(weight, scheme.block_size)
     weights = None if importance is None else _in_blocks(importance[None], scheme.block_size)
     scale, zero = _search(blocks, scheme, weights)
-    integers = _round(blocks, scale, zero, scheme)
+    return _stored(_round(blocks, scale, zero, scheme), scale, zero, scheme)
+
+
+def quantize_matrix(rows: npt.NDArray[Any], scheme: Scheme, importance: FloatArray | None, pool: Executor) -> Blocks:
+    """`quantize_rows` of a whole matrix, chunks of rows in parallel: numpy releases the interpreter's lock."""
+    parts = list(pool.map(lambda c: quantize_rows(np.asarray(c, np.float32), scheme, importance), _row_chunks(rows)))
+    zero_points = [p.zero_points for p in parts if p.zero_points is not None]
+    return Blocks(
+        np.concatenate([p.packed for p in parts]),
+        np.concatenate([p.scales for p in parts]),
+        np.concatenate(zero_points) if zero_points else None,
+    )
+
+
+def search_scales(
+    weight: FloatArray, scheme: Scheme, importance: FloatArray, pool: Executor
+) -> tuple[FloatArray, FloatArray]:
+    """Scales and zero points [N, blocks] that `quantize_rows` would take."""
+    weights = _in_blocks(importance[None], scheme.block_size)
+    found = pool.map(lambda c: _search(_in_blocks(c, scheme.block_size), scheme, weights), _row_chunks(weight))
+    scales, zeros = zip(*found, strict=True)
+    return np.concatenate(scales), np.concatenate(zeros)
+
+
+def as_blocks(integers: FloatArray, scale: FloatArray, zero: FloatArray, scheme: Scheme) -> Blocks:
+    """What was found otherwise, in the kernels' layout: integers [N, K], scales and zero points [N, blocks]."""
+    n, k = integers.shape
+    filled = np.repeat(zero, scheme.block_size, 1).astype(np.uint8)  # past a row's end: values of zero
+    filled[:, :k] = integers
+    return _stored(filled.reshape(n, -1, scheme.block_size), scale, zero, scheme)
+
+
+def _stored(integers: ByteArray, scale: FloatArray, zero: FloatArray, scheme: Scheme) -> Blocks:
     zero_points = None if scheme.symmetric else pack(zero.astype(np.uint8), scheme.bits)
     return Blocks(pack(integers, scheme.bits), scale.astype(np.float16), zero_points)
+
+
+def _row_chunks(rows: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
+    step = max(1, _CHUNK_VALUES // rows.shape[1])
+    return [rows[i : i + step] for i in range(0, len(rows), step)]
 
 
 def dequantize(blocks: Blocks, scheme: Scheme, width: int) -> FloatArray:
@@ -109,7 +148,7 @@ def _symmetric_candidates(blocks: FloatArray, scheme: Scheme) -> Candidates:
     largest = np.abs(blocks).max(-1)
     zero = np.full_like(largest, half)
     for shrink in _shrinks(scheme.steps):
-        yield _storable(largest * (shrink / (half - 1))), zero
+        yield storable(largest * (shrink / (half - 1))), zero
 
 
 def _asymmetric_candidates(blocks: FloatArray, scheme: Scheme) -> Candidates:
@@ -118,11 +157,11 @@ def _asymmetric_candidates(blocks: FloatArray, scheme: Scheme) -> Candidates:
     low, high = np.minimum(blocks.min(-1), 0), np.maximum(blocks.max(-1), 0)
     for shrink in _shrinks(scheme.steps):
         for a, b in dict.fromkeys(((shrink, shrink), (shrink, np.float32(1)), (np.float32(1), shrink))):
-            scale = _storable((high * b - low * a) / top)
+            scale = storable((high * b - low * a) / top)
             yield scale, np.clip(np.rint(-low * a / scale), 0, top)
 
 
-def _storable(scale: FloatArray) -> FloatArray:
+def storable(scale: FloatArray) -> FloatArray:
     """As float16 will hold it; never zero, so that a block of zeros has a scale."""
     return np.maximum(scale.astype(np.float16).astype(np.float32), _TINY)
 

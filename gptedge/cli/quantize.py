@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from gptedge.cli.common import BundleArgument, Force, Json, Threads, emit, needs, one_of, progress
+from gptedge.cli.common import BundleArgument, Force, Json, Threads, emit, needs, progress
 from gptedge.cli.gates import Baseline, MaxKld, MaxPplIncrease, MaxSizeMb, MinTop1, judge, requested
 from gptedge.errors import UsageError
 
@@ -16,9 +16,9 @@ from gptedge.errors import UsageError
 def command(
     bundle: BundleArgument,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The new bundle's folder.")],
-    recipe: Annotated[str, typer.Option(help="int8 or int4-rtn.")] = "int8",
+    recipe: Annotated[str, typer.Option(help="int8, int4-rtn, int4, or a .toml file.")] = "int8",
     calibration: Annotated[
-        Path | None, typer.Option(help="Text for recipes that learn from data; gates use it where --text is not given.")
+        Path | None, typer.Option(help="Text for recipes that learn from data (default: what the model writes itself).")
     ] = None,
     text: Annotated[Path | None, typer.Option(help="Text that the quality gates are measured on.")] = None,
     max_ppl_increase: MaxPplIncrease = None,
@@ -26,21 +26,21 @@ def command(
     min_top1: MinTop1 = None,
     max_size_mb: MaxSizeMb = None,
     baseline: Baseline = None,
+    seed: Annotated[int, typer.Option(help="Draws calibration text.")] = 0,
     threads: Threads = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Quantize a bundle's weights."""
     gates = requested(max_ppl_increase, max_kld, min_top1, max_size_mb, baseline)
-    text = text or calibration
     if gates.needs_quality and text is None:
         raise UsageError("quality gates need --text FILE to be measured on")
     with needs("quantize"):
         from gptedge.quantize.quantizer import quantize
-        from gptedge.quantize.recipes import RECIPES
-    one_of("--recipe", recipe, RECIPES)
     with progress("quantize") as report:
-        result = quantize(bundle, out, recipe=recipe, force=force, threads=threads, report=report)
+        result = quantize(
+            bundle, out, recipe=recipe, calibration=calibration, seed=seed, force=force, threads=threads, report=report
+        )
     facts = {"size_mb": result.size_mb}
     if gates.needs_quality:
         from gptedge.cli.evaluate import measure
@@ -49,6 +49,6 @@ def command(
         facts |= measure(out, text, reference=bundle, context=None, threads=threads)
     verdicts = judge(gates, facts)
     value = {**asdict(result), "bundle": str(result.bundle), "gates": verdicts.as_json()}
-    lines = [f"{out}: {recipe}, {result.size_mb:g} MB in {result.seconds:g} s"]
+    lines = [f"{out}: {result.recipe}, {result.size_mb:g} MB in {result.seconds:g} s"]
     emit(value, as_json=as_json, lines=lines)
     verdicts.raise_if_failed()

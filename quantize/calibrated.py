@@ -1,0 +1,61 @@
+"""Quantizing one weight after the other on what reaches it, the weights before it being quantized already."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from concurrent.futures import Executor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import TensorProto
+
+from gptedge.errors import DataError
+from gptedge.quantize.gptq import quantize_calibrated
+from gptedge.quantize.passes import Target, replacements, shape_constants
+from gptedge.quantize.rounding import Blocks
+from gptedge.quantize.walk import Walk
+
+FloatArray = npt.NDArray[np.float32]
+
+
+class Calibrator:
+    """Two walks side by side: through the float graph, and through the graph as quantized so far."""
+
+    def __init__(
+        self, model: onnx.ModelProto, folder: Path, windows: npt.NDArray[np.int64], *, threads: int, pool: Executor
+    ) -> None:
+        """`windows` are token ids [n_windows, T]; weights are read from `folder`."""
+        self._float = Walk(model, folder, windows, threads=threads)
+        self._quantized = Walk(model, folder, windows, threads=threads)
+        self._nodes = {node.name: node for node in model.graph.node}
+        self._pool = pool
+
+    def quantize(self, target: Target, rows: npt.NDArray[Any]) -> Blocks:
+        """Quantize `rows` [N, K]. Raises DataError when activations that reach it are not finite."""
+        node = next(name for name in self._nodes if name in target.products)
+        h, cross = self._moments(node, target.width)
+        return quantize_calibrated(np.asarray(rows, np.float32), h, cross, target.scheme, self._pool)
+
+    def put_in_place(self, target: Target, blocks: Blocks) -> None:
+        """Later activations come through the quantized weight."""
+        names = {role: f"{target.weight}.{role}" for role in ("packed", "scales", "zero_points")}
+        arrays = {role: getattr(blocks, role) for role in names if getattr(blocks, role) is not None}
+        initializers: Iterable[TensorProto] = [
+            *(onnx.numpy_helper.from_array(array, names[role]) for role, array in arrays.items()),
+            *shape_constants(target),
+        ]
+        for node, nodes in replacements(target, {role: names[role] for role in arrays}, self._nodes).items():
+            self._quantized.replace(node, nodes, initializers)
+
+    def _moments(self, node: str, width: int) -> tuple[FloatArray, FloatArray]:
+        """X'X and (X0 - X)'X of the quantized and the float inputs X and X0, [width, width]."""
+        h, cross = np.zeros((width, width), np.float32), np.zeros((width, width), np.float32)
+        for x, x0 in zip(self._quantized.inputs_of(node), self._float.inputs_of(node), strict=True):
+            h += x.T @ x
+            cross += (x0 - x).T @ x
+        if not (np.isfinite(h).all() and np.isfinite(cross).all()):
+            raise DataError(f"the activations that reach {node} are not finite on the calibration text")
+        return h, cross
