@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from concurrent.futures import Executor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from gptedge.errors import DataError
 from gptedge.quantize.gptq import quantize_calibrated
 from gptedge.quantize.passes import Target, replacements, shape_constants
 from gptedge.quantize.rounding import Blocks
-from gptedge.quantize.walk import Walk
+from gptedge.quantize.walk import Read, Walk
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -25,11 +24,11 @@ class Calibrator:
     """Two walks side by side: through the float graph, and through the graph as quantized so far."""
 
     def __init__(
-        self, model: onnx.ModelProto, folder: Path, windows: npt.NDArray[np.int64], *, threads: int, pool: Executor
+        self, model: onnx.ModelProto, read: Read, windows: npt.NDArray[np.int64], *, threads: int, pool: Executor
     ) -> None:
-        """`windows` are token ids [n_windows, T]; weights are read from `folder`."""
-        self._float = Walk(model, folder, windows, threads=threads)
-        self._quantized = Walk(model, folder, windows, threads=threads)
+        """`windows` are token ids [n_windows, T]; `read` gives an initializer's values."""
+        self._float = Walk(model, read, windows, threads=threads)
+        self._quantized = Walk(model, read, windows, threads=threads)
         self._nodes = {node.name: node for node in model.graph.node}
         self._pool = pool
 

@@ -18,14 +18,14 @@ from gptedge.tokenizer import Tokenizer
 WINDOW = 512
 """Tokens of a window, or the model's context where that is shorter."""
 WINDOWS = 32
-"""Windows used at most: 16k tokens. More gained little, and time grows with them."""
+"""Windows that products are calibrated on: 16k tokens."""
 
 Report = Callable[[int, int, str], None]
 Windows = npt.NDArray[np.int64]
 
 
-def text_windows(path: Path, bundle: Bundle, window: int, *, seed: int) -> Windows:
-    """Up to WINDOWS windows of a file, spread over all of it, [n, window]. Raises DataError when it fills none."""
+def text_windows(path: Path, bundle: Bundle, count: int, window: int, *, seed: int) -> Windows:
+    """Up to `count` windows of a file, spread over all of it, [n, window]. Raises DataError when it fills none."""
     text = read_text(path)
     if "\0" in text:
         raise DataError(f"{path} is not text: it holds zero bytes")
@@ -33,21 +33,21 @@ def text_windows(path: Path, bundle: Bundle, window: int, *, seed: int) -> Windo
     n = len(ids) // window
     if n == 0:
         raise DataError(f"{path} has {len(ids)} tokens, and calibration needs at least one window of {window}")
-    chosen = np.sort(np.random.default_rng(seed).permutation(n)[:WINDOWS])
+    chosen = np.sort(np.random.default_rng(seed).permutation(n)[:count])
     return np.asarray(ids[: n * window], np.int64).reshape(n, window)[chosen]
 
 
-def own_windows(bundle: Bundle, window: int, *, threads: int, seed: int, report: Report) -> Windows:
-    """WINDOWS windows that the float model writes itself, from random first tokens, at a temperature of 1.
+def own_windows(bundle: Bundle, count: int, window: int, *, threads: int, seed: int, report: Report) -> Windows:
+    """`count` windows that the float model writes itself, from random first tokens, at a temperature of 1.
 
     What a model writes shows it the activations that it will meet when it is used, without any data (compare Liu et
     al. 2023, arXiv:2305.17888). All windows are written side by side, one token of each at a time.
     """
     vocab_size = _tokenizer(bundle).vocab_size
-    writer = _Writer(bundle, WINDOWS, window, threads)
+    writer = _Writer(bundle, count, window, threads)
     rng = np.random.default_rng(seed)
-    ids = np.zeros((WINDOWS, window), np.int64)
-    ids[:, 0] = rng.integers(0, vocab_size, WINDOWS)
+    ids = np.zeros((count, window), np.int64)
+    ids[:, 0] = rng.integers(0, vocab_size, count)
     for t in range(1, window):
         logits = writer.step(ids[:, t - 1 : t], t)[:, :vocab_size]  # rows of padding have no token
         noise = rng.gumbel(size=logits.shape).astype(np.float32)

@@ -15,7 +15,7 @@ from onnx import NodeProto, TensorProto, helper
 
 from gptedge.errors import UsageError
 from gptedge.onnx_file import MICROSOFT
-from gptedge.quantize.recipes import Recipe, Scheme
+from gptedge.quantize.recipes import Group, Recipe, Scheme
 
 ACCURACY_LEVEL = 4
 """MatMulNBits with 8-bit activations; at lower levels, 8-bit weights would be widened at each call."""
@@ -29,12 +29,15 @@ class Target:
     """The initializer's name."""
     rows: int
     width: int
-    scheme: Scheme
-    method: str
+    group: Group
     products: tuple[str, ...]
     """Names of the FusedMatMul nodes."""
     lookups: tuple[str, ...]
     """Names of the Gather nodes."""
+
+    @property
+    def scheme(self) -> Scheme:
+        return self.group.scheme
 
 
 def find_targets(model: onnx.ModelProto, recipe: Recipe) -> list[Target]:
@@ -55,7 +58,7 @@ def find_targets(model: onnx.ModelProto, recipe: Recipe) -> list[Target]:
         group = recipe.group_of(name.removesuffix(".half"))  # as weights stored in float16 are called
         if group and (name in products or "embed" in lookups.get(name, ())):
             uses = tuple(products.get(name, ())), tuple(lookups.get(name, ()))
-            found.append(Target(name, rows, width, group.scheme, group.method, *uses))
+            found.append(Target(name, rows, width, group, *uses))
             _check(found[-1])
     order = {node.name: i for i, node in enumerate(model.graph.node)}
     return sorted(found, key=lambda t: min(order[node] for node in (*t.products, *t.lookups)))
@@ -64,8 +67,8 @@ def find_targets(model: onnx.ModelProto, recipe: Recipe) -> list[Target]:
 def _check(target: Target) -> None:
     if target.lookups and not target.scheme.symmetric:
         raise UsageError(f"{target.weight} is looked up by rows: its scheme must be symmetric")
-    if target.lookups and target.method != "rtn":
-        raise UsageError(f"{target.weight} is looked up by rows: its method must be rtn, not {target.method}")
+    if target.lookups and target.group.method != "rtn":
+        raise UsageError(f"{target.weight} is looked up by rows: its method must be rtn, not {target.group.method}")
 
 
 def _weight_operand(node: NodeProto) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,15 @@ from gptedge.errors import BundleError, UsageError
 from gptedge.files import check_destination, new_folder
 from gptedge.measure import peak_rss_mb
 from gptedge.onnx_file import WeightFile, load_graph, read_initializer, save_graph
+from gptedge.quantize import calibration as calibration_text
+from gptedge.quantize import smooth
 from gptedge.quantize.calibrated import Calibrator
-from gptedge.quantize.calibration import WINDOW, Windows, own_windows, text_windows
+from gptedge.quantize.calibration import Windows, own_windows, text_windows
 from gptedge.quantize.passes import Target, find_targets, rewrite
 from gptedge.quantize.recipes import Recipe, find_recipe
 from gptedge.quantize.rounding import Blocks, quantize_matrix
+from gptedge.quantize.smooth import Smoothing
+from gptedge.quantize.walk import Read, Walk
 from gptedge.runtime.onnx_runtime import default_threads
 
 Report = Callable[[int, int, str], None]
@@ -65,7 +70,7 @@ def quantize(
     verify(bundle)
     assert bundle.manifest is not None
     job = _Job(bundle, rows, threads or default_threads(), seed, report)
-    windows = job.windows(calibration) if rows.needs_calibration else None
+    windows = job.windows(calibration)
     with new_folder(Path(out), force=force) as folder:
         for file in bundle.manifest["files"]:
             if file not in (GRAPH, GRAPH_DATA, MANIFEST):
@@ -99,44 +104,62 @@ class _Job:
     seed: int
     report: Report
 
-    def windows(self, calibration: Path | None) -> Windows:
-        """Token ids to calibrate on, [n_windows, T]."""
-        length = min(WINDOW, int(self.bundle.genai_config["model"]["context_length"]))
+    def windows(self, calibration: Path | None) -> Windows | None:
+        """Token ids to calibrate on, [n_windows, T]; None for recipes that need none."""
+        if not (self.recipe.uses("gptq") or self.recipe.smooths):
+            return None
+        count = calibration_text.WINDOWS if self.recipe.uses("gptq") else smooth.WINDOWS
+        length = min(calibration_text.WINDOW, int(self.bundle.genai_config["model"]["context_length"]))
         if calibration:
-            return text_windows(calibration, self.bundle, length, seed=self.seed)
-        return own_windows(self.bundle, length, threads=self.threads, seed=self.seed, report=self.report)
+            return text_windows(calibration, self.bundle, count, length, seed=self.seed)
+        return own_windows(self.bundle, count, length, threads=self.threads, seed=self.seed, report=self.report)
 
     def write_graph(self, folder: Path, windows: Windows | None) -> None:
         source, model = self.bundle.path, load_graph(self.bundle.path / GRAPH)
         targets = find_targets(model, self.recipe)
-        initializers = {t.name: t for t in model.graph.initializer}
-        total, done = sum(t.rows * t.width for t in targets), 0
+        read: Read = partial(read_initializer, folder=source)
+        if windows is not None and self.recipe.smooths:
+            walk = Walk(model, read, windows[: smooth.WINDOWS], threads=self.threads)
+            read = Smoothing(model, read, walk, [t for t in targets if t.group.smooth]).read
         with WeightFile(folder / GRAPH_DATA) as file, ThreadPoolExecutor(self.threads) as pool:
-            importance = _Importance(model, initializers, source)
-            calibrator = (
-                None if windows is None else Calibrator(model, source, windows, threads=self.threads, pool=pool)
-            )
-
-            def store(target: Target) -> dict[str, TensorProto]:
-                nonlocal done
-                rows = read_initializer(initializers[target.weight], source)
-                if calibrator and target.method == "gptq":
-                    blocks = calibrator.quantize(target, rows)
-                else:
-                    blocks = quantize_matrix(rows, target.scheme, importance.of(target), pool)
-                if calibrator:
-                    calibrator.put_in_place(target, blocks)
-                done += rows.size
-                self.report(done, total, "weights")
-                return _initializers(file, target.weight, blocks)
-
-            def keep(tensor: TensorProto) -> TensorProto:
-                if tensor.data_location != TensorProto.EXTERNAL:
-                    return tensor
-                return file.add(tensor.name, [read_initializer(tensor, source)])
-
-            rewrite(model, targets, store, keep)
+            calibrator = None
+            if windows is not None and self.recipe.uses("gptq"):
+                calibrator = Calibrator(model, read, windows, threads=self.threads, pool=pool)
+            self._rewrite(model, targets, read, calibrator, file, pool)
         save_graph(folder / GRAPH, model)
+
+    def _rewrite(
+        self,
+        model: onnx.ModelProto,
+        targets: list[Target],
+        read: Read,
+        calibrator: Calibrator | None,
+        file: WeightFile,
+        pool: Executor,
+    ) -> None:
+        initializers = {t.name: t for t in model.graph.initializer}
+        importance = _Importance(model, initializers, read)
+        total, done = sum(t.rows * t.width for t in targets), 0
+
+        def store(target: Target) -> dict[str, TensorProto]:
+            nonlocal done
+            rows = read(initializers[target.weight])
+            if calibrator and target.group.method == "gptq":
+                blocks = calibrator.quantize(target, rows)
+            else:
+                blocks = quantize_matrix(rows, target.scheme, importance.of(target), pool)
+            if calibrator:
+                calibrator.put_in_place(target, blocks)
+            done += rows.size
+            self.report(done, total, "weights")
+            return _initializers(file, target.weight, blocks)
+
+        def keep(tensor: TensorProto) -> TensorProto:
+            if tensor.data_location != TensorProto.EXTERNAL:
+                return onnx.numpy_helper.from_array(read(tensor), tensor.name)
+            return file.add(tensor.name, [read(tensor)])
+
+        rewrite(model, targets, store, keep)
 
 
 def _initializers(file: WeightFile, name: str, blocks: Blocks) -> dict[str, TensorProto]:
@@ -153,7 +176,7 @@ class _Importance:
 
     _NORMS = ("SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization")
 
-    def __init__(self, model: onnx.ModelProto, initializers: dict[str, TensorProto], folder: Path) -> None:
+    def __init__(self, model: onnx.ModelProto, initializers: dict[str, TensorProto], read: Read) -> None:
         gains = {}
         for node in model.graph.node:
             if node.op_type in self._NORMS:
@@ -162,12 +185,12 @@ class _Importance:
             node.name: gains[node.input[0]] for node in model.graph.node if node.input and node.input[0] in gains
         }
         self._initializers = initializers
-        self._folder = folder
+        self._read = read
 
     def of(self, target: Target) -> npt.NDArray[np.float32] | None:
         """Squared gain of each input column, [width]; None where the graph does not tell."""
         gain = next((self._gain_of[p] for p in target.products if p in self._gain_of), None)
         if gain is None or target.lookups:
             return None
-        values = np.asarray(read_initializer(self._initializers[gain], self._folder), np.float32)
+        values = np.asarray(self._read(self._initializers[gain]), np.float32)
         return np.square(values) if values.shape == (target.width,) else None

@@ -43,10 +43,12 @@ class Scheme:
 @dataclass(frozen=True)
 class Group:
     match: str
-    """Names of weights as a shell pattern: `embed.weight` is the table, `blocks.*.down.weight` every down projection."""
+    """Names of weights as a shell pattern: `embed.weight` is the table, `*.down.weight` every down projection."""
     scheme: Scheme
     method: str = "rtn"
     """One of METHODS."""
+    smooth: bool = False
+    """Whether activations' spread is moved into these weights first (see smooth.py); calibrated."""
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -62,24 +64,28 @@ class Recipe:
     def group_of(self, name: str) -> Group | None:
         return next((g for g in self.groups if fnmatchcase(name, g.match)), None)
 
+    def uses(self, method: str) -> bool:
+        return any(g.method == method for g in self.groups)
+
     @property
-    def needs_calibration(self) -> bool:
-        return any(g.method == "gptq" for g in self.groups)
+    def smooths(self) -> bool:
+        return any(g.smooth for g in self.groups)
 
 
 _INT8 = Scheme(bits=8, block_size=64, symmetric=True, steps=1)
 _INT4 = Scheme(bits=4, block_size=32, symmetric=False, steps=12)
 _TABLES = (Group("embed.weight", _INT8), Group("head.weight", _INT8))
+_SMOOTH_TABLES = tuple(dataclasses.replace(g, smooth=True) for g in _TABLES)
 
 RECIPES: Mapping[str, Recipe] = {
-    "int8": Recipe("8-bit weights in blocks of 64; needs no data", (Group("*", _INT8),)),
+    "int8": Recipe("8-bit weights in blocks of 64, activations smoothed", (Group("*", _INT8, smooth=True),)),
     "int4-rtn": Recipe(
         "4-bit weights in blocks of 32, rounded to nearest with searched scales; 8-bit table; needs no data",
         (*_TABLES, Group("*", _INT4)),
     ),
     "int4": Recipe(
         "4-bit weights in blocks of 32, calibrated: GPTQ on quantized inputs, then coordinate descent; 8-bit table",
-        (*_TABLES, Group("*", _INT4, "gptq")),
+        (*_SMOOTH_TABLES, Group("*", _INT4, "gptq")),
     ),
 }
 
@@ -113,7 +119,7 @@ def read_recipe(path: Path) -> Recipe:
 def _group(path: Path, row: Mapping[str, Any]) -> Group:
     names = {f.name: f.type for c in (Scheme, Group) for f in dataclasses.fields(c) if f.name != "scheme"}
     kinds: Mapping[str, type] = {"int": int, "bool": bool, "str": str}
-    values: dict[str, Any] = {"symmetric": False, "steps": _INT4.steps, "method": "rtn", **row}
+    values: dict[str, Any] = {"symmetric": False, "steps": _INT4.steps, "method": "rtn", "smooth": False, **row}
     if unknown := sorted(set(values) - set(names)):
         raise UsageError(f"{path}: {unknown[0]!r} is not known; known are {', '.join(names)}")
     if missing := [n for n in names if n not in values]:
@@ -121,5 +127,5 @@ def _group(path: Path, row: Mapping[str, Any]) -> Group:
     for name, value in values.items():
         if type(value) is not kinds[str(names[name])]:
             raise UsageError(f"{path}: {name} is {value!r}; it must be of type {names[name]}")
-    method, match = values.pop("method"), values.pop("match")
-    return Group(match, Scheme(**values), method)
+    own = {name: values.pop(name) for name in ("match", "method", "smooth")}
+    return Group(scheme=Scheme(**values), **own)

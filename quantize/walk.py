@@ -8,8 +8,7 @@ from the graph.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,20 +18,23 @@ from onnx import NodeProto, TensorProto, helper
 
 from gptedge.errors import BundleError
 from gptedge.graph_io import ATTENTION_MASK, INPUT_IDS, PAST_PREFIX, POSITION_IDS
-from gptedge.onnx_file import read_initializer
 from gptedge.runtime.onnx_runtime import import_onnxruntime
 
 Array = npt.NDArray[Any]
+Read = Callable[[TensorProto], Array]
 _BATCH = 4  # windows run at once: enough rows to keep the cores busy, and attention's scores stay small
 
 
 class Walk:
-    """A walk through `model` with the token ids `windows` [n_windows, T]. Nodes must be in topological order."""
+    """A walk through `model` with the token ids `windows` [n_windows, T]; `read` gives an initializer's values.
 
-    def __init__(self, model: onnx.ModelProto, folder: Path, windows: npt.NDArray[np.int64], *, threads: int) -> None:
+    Nodes must be in topological order.
+    """
+
+    def __init__(self, model: onnx.ModelProto, read: Read, windows: npt.NDArray[np.int64], *, threads: int) -> None:
         self._nodes = list(model.graph.node)
         self._initializers = {t.name: t for t in model.graph.initializer}
-        self._folder = folder
+        self._read = read
         self._threads = threads
         self._opsets = list(model.opset_import)
         self._ir_version = model.ir_version
@@ -114,9 +116,7 @@ class Walk:
         return session, sorted(inputs), {n: self._fixed[n] for n in sorted(fixed)}
 
     def _inline(self, tensor: TensorProto) -> TensorProto:
-        if tensor.data_location != TensorProto.EXTERNAL:
-            return tensor
-        return onnx.numpy_helper.from_array(np.ascontiguousarray(read_initializer(tensor, self._folder)), tensor.name)
+        return onnx.numpy_helper.from_array(self._read(tensor), tensor.name)
 
 
 def _fixed_inputs(model: onnx.ModelProto) -> Mapping[str, Any]:
