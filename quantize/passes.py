@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 from onnx import NodeProto, TensorProto, helper
 
@@ -117,16 +119,18 @@ def _rewritten(
 
 
 def replacements(target: Target, roles: dict[str, str], nodes: Mapping[str, NodeProto]) -> dict[str, list[NodeProto]]:
-    """What stands in for each node of `target`, in the graph's order; scales are widened before their first use.
-    `roles` names the new initializers, `nodes` has the old nodes by name."""
+    """What stands in for each node of `target`; what several of them read comes before the first.
+    `roles` names the new initializers, `nodes` has the old nodes by name, in the graph's order."""
     order = [name for name in nodes if name in (*target.products, *target.lookups)]
+    product = _float_product if target.group.widen else _product
     made = {
         name: list(_lookup(nodes[name], target, roles))
         if name in target.lookups
-        else [_product(nodes[name], target, roles)]
+        else [product(nodes[name], target, roles)]
         for name in order
     }
-    made[order[0]].insert(0, _widen_scales(target, roles))
+    shared = [_widen_scales(target, roles), *(_widen_weights(target, roles) if target.group.widen else ())]
+    made[order[0]] = [*shared, *made[order[0]]]
     return made
 
 
@@ -149,6 +153,28 @@ def _product(node: NodeProto, target: Target, roles: dict[str, str]) -> NodeProt
         block_size=target.scheme.block_size,
         accuracy_level=ACCURACY_LEVEL,
     )
+
+
+def _float_product(node: NodeProto, target: Target, roles: dict[str, str]) -> NodeProto:
+    made = NodeProto()
+    made.CopyFrom(node)
+    made.input[1] = f"{target.weight}.float"
+    return made
+
+
+def _widen_weights(target: Target, roles: dict[str, str]) -> Iterator[NodeProto]:
+    """The float matrix [rows, width] again; onnxruntime folds all of it once, when it loads."""
+    weight = target.weight
+    steps: tuple[tuple[str, list[str], str, dict[str, Any]], ...] = (
+        ("Cast", [roles["packed"]], "integers", {"to": TensorProto.FLOAT}),
+        ("Sub", [f"{weight}.integers", f"{weight}.middle"], "steps", {}),
+        ("Reshape", [f"{weight}.scales.float", f"{weight}.scales.shape"], "scales.blocks", {}),
+        ("Mul", [f"{weight}.steps", f"{weight}.scales.blocks"], "blocks", {}),
+        ("Reshape", [f"{weight}.blocks", f"{weight}.matrix.shape"], "matrix", {}),
+        ("Slice", [f"{weight}.{i}" for i in ("matrix", "zero", "width", "minus_one")], "float", {}),
+    )
+    for kind, inputs, name, attributes in steps:
+        yield helper.make_node(kind, inputs, [f"{weight}.{name}"], name=f"{weight}.{name}", **attributes)
 
 
 def _lookup(node: NodeProto, target: Target, roles: dict[str, str]) -> Iterator[NodeProto]:
@@ -180,12 +206,16 @@ def _zero_points(roles: dict[str, str]) -> list[str]:
 
 
 def shape_constants(target: Target) -> list[TensorProto]:
-    """Small initializers that a table's lookup needs."""
-    if not target.lookups:
-        return []
+    """Small initializers that lookups and widened weights need."""
     weight, size = target.weight, target.scheme.block_size
     blocks = -(-target.width // size)
-    values = {f"{weight}.scales.shape": [target.rows, blocks, 1], f"{weight}.rows.shape": [0, 0, blocks * size]}
-    if target.width % size:
-        values |= {f"{weight}.width": [target.width], f"{weight}.zero": [0], f"{weight}.minus_one": [-1]}
-    return [onnx.numpy_helper.from_array(np.array(v, np.int64), name) for name, v in values.items()]
+    values: dict[str, npt.NDArray[Any]] = {}
+    if target.lookups or target.group.widen:
+        values["scales.shape"] = np.array([target.rows, blocks, 1])
+        values |= {"zero": np.array([0]), "width": np.array([target.width]), "minus_one": np.array([-1])}
+    if target.lookups:
+        values["rows.shape"] = np.array([0, 0, blocks * size])
+    if target.group.widen:
+        values["matrix.shape"] = np.array([target.rows, blocks * size])
+        values["middle"] = np.array(2 ** (target.scheme.bits - 1), np.float32)
+    return [onnx.numpy_helper.from_array(v, f"{weight}.{name}") for name, v in values.items()]

@@ -20,9 +20,9 @@ from gptedge.bundle import GRAPH, GRAPH_DATA, MANIFEST, Bundle, open_bundle, ver
 from gptedge.errors import BundleError, UsageError
 from gptedge.files import check_destination, new_folder
 from gptedge.measure import peak_rss_mb
-from gptedge.onnx_file import WeightFile, load_graph, read_initializer, save_graph
+from gptedge.onnx_file import PAGE, WeightFile, load_graph, read_initializer, save_graph
 from gptedge.quantize import calibration as calibration_text
-from gptedge.quantize import smooth
+from gptedge.quantize import mixed, smooth
 from gptedge.quantize.calibrated import Calibrator
 from gptedge.quantize.calibration import Windows, own_windows, text_windows
 from gptedge.quantize.passes import Target, find_targets, rewrite
@@ -50,6 +50,7 @@ def quantize(
     out: Path,
     *,
     recipe: str,
+    target_mb: float | None = None,
     calibration: Path | None = None,
     seed: int = 0,
     force: bool = False,
@@ -59,17 +60,21 @@ def quantize(
     """Write `out` from the float bundle `source`; `recipe` is one of RECIPES, or a .toml file.
 
     `calibration` is text for recipes that learn from data; without one they use what the model writes itself, drawn
-    with `seed`. Raises UsageError for an unknown recipe or a bundle that is quantized already, BundleError for a broken
-    one, DataError for text that cannot be used or activations that are not finite.
+    with `seed`. `target_mb` (10^6 bytes of graph and weights) is what `mixed` fills, and no other recipe takes.
+
+    Raises UsageError for an unknown recipe, a size that cannot be reached or a bundle that is quantized already,
+    BundleError for a broken one, DataError for text that cannot be used or activations that are not finite.
     """
     start = time.perf_counter()
     name, rows = find_recipe(recipe)
+    if rows.fills_target != (target_mb is not None):
+        raise UsageError(f"recipe {name} {'needs' if rows.fills_target else 'takes no'} target size (--target-mb)")
     bundle = open_bundle(Path(source))
     _check_source(bundle)
     check_destination(out, force=force)
     verify(bundle)
     assert bundle.manifest is not None
-    job = _Job(bundle, rows, threads or default_threads(), seed, report)
+    job = _Job(bundle, rows, target_mb, threads or default_threads(), seed, report)
     windows = job.windows(calibration)
     with new_folder(Path(out), force=force) as folder:
         for file in bundle.manifest["files"]:
@@ -100,6 +105,7 @@ def _check_source(bundle: Bundle) -> None:
 class _Job:
     bundle: Bundle
     recipe: Recipe
+    target_mb: float | None
     threads: int
     seed: int
     report: Report
@@ -116,17 +122,32 @@ class _Job:
 
     def write_graph(self, folder: Path, windows: Windows | None) -> None:
         source, model = self.bundle.path, load_graph(self.bundle.path / GRAPH)
-        targets = find_targets(model, self.recipe)
         read: Read = partial(read_initializer, folder=source)
-        if windows is not None and self.recipe.smooths:
-            walk = Walk(model, read, windows[: smooth.WINDOWS], threads=self.threads)
-            read = Smoothing(model, read, walk, [t for t in targets if t.group.smooth]).read
         with WeightFile(folder / GRAPH_DATA) as file, ThreadPoolExecutor(self.threads) as pool:
+            targets = find_targets(model, self.recipe)
+            if self.target_mb is not None and windows is not None:
+                targets = find_targets(model, self._plan(model, read, targets, windows, pool))
+            smoothed = [t for t in targets if t.group.smooth]
+            if windows is not None and smoothed:
+                walk = Walk(model, read, windows[: smooth.WINDOWS], threads=self.threads)
+                read = Smoothing(model, read, walk, smoothed).read
             calibrator = None
-            if windows is not None and self.recipe.uses("gptq"):
+            if windows is not None and any(t.group.method == "gptq" for t in targets):
                 calibrator = Calibrator(model, read, windows, threads=self.threads, pool=pool)
             self._rewrite(model, targets, read, calibrator, file, pool)
         save_graph(folder / GRAPH, model)
+
+    def _plan(
+        self, model: onnx.ModelProto, read: Read, targets: list[Target], windows: Windows, pool: Executor
+    ) -> Recipe:
+        """The recipe that fills `target_mb`."""
+        assert self.target_mb is not None
+        quantized = {t.weight for t in targets}
+        kept = sum(read(t).nbytes for t in model.graph.initializer if t.name not in quantized)
+        # The graph grows by some nodes, and each weight's bytes begin on a page.
+        other = kept + 2 * (self.bundle.path / GRAPH).stat().st_size + PAGE * len(targets)
+        budget = int(self.target_mb * 1e6) - other
+        return mixed.plan(model, read, targets, windows, budget, threads=self.threads, pool=pool, report=self.report)
 
     def _rewrite(
         self,

@@ -49,10 +49,15 @@ class Group:
     """One of METHODS."""
     smooth: bool = False
     """Whether activations' spread is moved into these weights first (see smooth.py); calibrated."""
+    widen: bool = False
+    """Whether weights become float32 again when a model is loaded, and activations are never rounded: the memory and
+    speed of a float model for the file of a quantized one. 8 bits, symmetric."""
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise UsageError(f"method is {self.method!r}; it must be one of {', '.join(METHODS)}")
+        if self.widen and (self.scheme.bits != 8 or not self.scheme.symmetric):
+            raise UsageError(f"{self.match}: weights that are widened at load must be of 8 bits and symmetric")
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,8 @@ class Recipe:
     summary: str
     groups: tuple[Group, ...]
     """The first that matches a weight counts; a weight that none matches stays as it is."""
+    fills_target: bool = False
+    """Whether the groups are chosen anew so that the bundle has a given size (see mixed.py)."""
 
     def group_of(self, name: str) -> Group | None:
         return next((g for g in self.groups if fnmatchcase(name, g.match)), None)
@@ -79,6 +86,10 @@ _SMOOTH_TABLES = tuple(dataclasses.replace(g, smooth=True) for g in _TABLES)
 
 RECIPES: Mapping[str, Recipe] = {
     "int8": Recipe("8-bit weights in blocks of 64, activations smoothed", (Group("*", _INT8, smooth=True),)),
+    "int8-weight": Recipe(
+        "8-bit weights in blocks of 64, widened when loaded: a small file, float speed and activations; needs no data",
+        (Group("*", _INT8, widen=True),),
+    ),
     "int4-rtn": Recipe(
         "4-bit weights in blocks of 32, rounded to nearest with searched scales; 8-bit table; needs no data",
         (*_TABLES, Group("*", _INT4)),
@@ -86,6 +97,11 @@ RECIPES: Mapping[str, Recipe] = {
     "int4": Recipe(
         "4-bit weights in blocks of 32, calibrated: GPTQ on quantized inputs, then coordinate descent; 8-bit table",
         (*_SMOOTH_TABLES, Group("*", _INT4, "gptq")),
+    ),
+    "mixed": Recipe(
+        "bits and block size of each weight chosen by what rounding it was measured to cost; fills --target-mb",
+        (*_SMOOTH_TABLES, Group("*", _INT4, "gptq")),
+        fills_target=True,
     ),
 }
 
@@ -117,9 +133,11 @@ def read_recipe(path: Path) -> Recipe:
 
 
 def _group(path: Path, row: Mapping[str, Any]) -> Group:
-    names = {f.name: f.type for c in (Scheme, Group) for f in dataclasses.fields(c) if f.name != "scheme"}
+    fields = [f for c in (Group, Scheme) for f in dataclasses.fields(c) if f.name != "scheme"]
+    names = {f.name: f.type for f in fields}
     kinds: Mapping[str, type] = {"int": int, "bool": bool, "str": str}
-    values: dict[str, Any] = {"symmetric": False, "steps": _INT4.steps, "method": "rtn", "smooth": False, **row}
+    values = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
+    values |= {"symmetric": _INT4.symmetric, "steps": _INT4.steps, **row}
     if unknown := sorted(set(values) - set(names)):
         raise UsageError(f"{path}: {unknown[0]!r} is not known; known are {', '.join(names)}")
     if missing := [n for n in names if n not in values]:
@@ -127,5 +145,5 @@ def _group(path: Path, row: Mapping[str, Any]) -> Group:
     for name, value in values.items():
         if type(value) is not kinds[str(names[name])]:
             raise UsageError(f"{path}: {name} is {value!r}; it must be of type {names[name]}")
-    own = {name: values.pop(name) for name in ("match", "method", "smooth")}
-    return Group(scheme=Scheme(**values), **own)
+    scheme = Scheme(**{f.name: values.pop(f.name) for f in dataclasses.fields(Scheme)})
+    return Group(scheme=scheme, **values)

@@ -83,7 +83,7 @@ def tiny_bundle(tiny_checkpoint: Path) -> Path:
     return export(tiny_checkpoint, tiny_checkpoint.parent / "fp32").bundle
 
 
-@pytest.fixture(scope="session", params=["int8", "int4-rtn"])
+@pytest.fixture(scope="session", params=["int8", "int8-weight", "int4-rtn", "int4"])
 def quantized_bundle(request: pytest.FixtureRequest, tiny_bundle: Path) -> Path:
     from gptedge.quantize.quantizer import quantize
 

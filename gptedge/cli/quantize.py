@@ -16,7 +16,8 @@ from gptedge.errors import UsageError
 def command(
     bundle: BundleArgument,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The new bundle's folder.")],
-    recipe: Annotated[str, typer.Option(help="int8, int4-rtn, int4, or a .toml file.")] = "int8",
+    recipe: Annotated[str, typer.Option(help="int8, int8-weight, int4, int4-rtn, mixed, or a .toml file.")] = "int8",
+    target_mb: Annotated[float | None, typer.Option(help="Size of graph and weights that mixed fills, in MB.")] = None,
     calibration: Annotated[
         Path | None, typer.Option(help="Text for recipes that learn from data (default: what the model writes itself).")
     ] = None,
@@ -39,7 +40,15 @@ def command(
         from gptedge.quantize.quantizer import quantize
     with progress("quantize") as report:
         result = quantize(
-            bundle, out, recipe=recipe, calibration=calibration, seed=seed, force=force, threads=threads, report=report
+            bundle,
+            out,
+            recipe=recipe,
+            target_mb=target_mb,
+            calibration=calibration,
+            seed=seed,
+            force=force,
+            threads=threads,
+            report=report,
         )
     facts = {"size_mb": result.size_mb}
     if gates.needs_quality:

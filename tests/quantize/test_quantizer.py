@@ -33,11 +33,13 @@ def test_bundle_is_whole_and_smaller(tiny_bundle: Path, quantized_bundle: Path) 
 def test_no_float_matrix_is_left_and_the_table_is_stored_once(quantized_bundle: Path) -> None:
     graph = onnx.load(quantized_bundle / "model.onnx", load_external_data=False).graph
     kinds = [n.op_type for n in graph.node]
-    assert "FusedMatMul" not in kinds
-    assert kinds.count("MatMulNBits") == 3 * 4 + 1
+    product, other = ("MatMulNBits", "FusedMatMul")[:: -1 if quantized_bundle.name == "int8-weight" else 1]
+    assert other not in kinds
+    assert kinds.count(product) == 3 * 4 + 1
     lookup = next(n for n in graph.node if n.op_type == "GatherBlockQuantized")
     head = next(n for n in graph.node if n.name == "head")
-    assert lookup.input[0] == head.input[1]
+    bytes_of = {n.output[0]: n.input[0] for n in graph.node if n.name.endswith(".integers")}
+    assert lookup.input[0] == bytes_of.get("embed.weight.integers", head.input[1])
     large = [t.name for t in graph.initializer if t.data_type == onnx.TensorProto.FLOAT and np.prod(t.dims) > 1000]
     assert large == []
 
@@ -63,7 +65,8 @@ def test_half_precision_bundles_quantize_alike(tiny_checkpoint: Path, quantized_
     a, b = (Session(open_bundle(p), threads=1) for p in (made.bundle, quantized_bundle))
     ids = list(range(5, 60))
     x, y = (s.run(ids, s.new_cache(), every_row=True) for s in (a, b))
-    assert np.corrcoef(x.ravel(), y.ravel())[0, 1] > 0.98
+    # int4 learns from text that the two bundles write differently.
+    assert np.corrcoef(x.ravel(), y.ravel())[0, 1] > (0.8 if quantized_bundle.name == "int4" else 0.98)
 
 
 def test_quantized_bundles_are_not_quantized_again(quantized_bundle: Path, tmp_path: Path) -> None:

@@ -1,0 +1,236 @@
+"""Choosing bits and block size of each weight so that a bundle has a given size and loses least.
+
+What rounding a group of weights costs is measured, not guessed: the divergence of the model's predictions when one
+layer, one kind of weight, or the table is at 4 bits and all else is float. Divergences of independent roundings add,
+and grow with the squared error, so a weight's cost under any scheme is its layer's share times its kind's share, times
+the scheme's own error over the probe's. Then bytes are spent where they save most divergence each.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import TensorProto
+
+from gptedge.errors import UsageError
+from gptedge.evaluate.divergence import log_softmax
+from gptedge.quantize.passes import Target
+from gptedge.quantize.recipes import Group, Recipe, Scheme
+from gptedge.quantize.rounding import dequantize, quantize_matrix
+from gptedge.quantize.walk import Read, Walk
+
+FloatArray = npt.NDArray[np.float32]
+Report = Callable[[int, int, str], None]
+
+WINDOWS, WINDOW = 4, 128
+"""Text that costs are measured on; the second half of each window is scored."""
+GPTQ_GAIN = 0.3
+"""Divergence that calibrated rounding leaves, of what plain rounding costs."""
+_ROWS = 256  # of a weight, whose errors stand for all of it
+_PROBE_STEPS = 4
+
+
+def _schemes(symmetric_4_bit: bool, *shapes: tuple[int, int]) -> tuple[Scheme, ...]:
+    return tuple(
+        Scheme(bits=bits, block_size=size, symmetric=bits == 8 or symmetric_4_bit, steps=12 if bits == 4 else 1)
+        for bits, size in shapes
+    )
+
+
+SCHEMES = _schemes(False, (4, 32), (4, 128), (4, 64), (4, 16), (8, 128), (8, 64), (8, 32))
+TABLE_SCHEMES = _schemes(True, (4, 32), (4, 16), (8, 128), (8, 64), (8, 32))
+"""What can be chosen; the first is the one that costs are measured with."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    scheme: Scheme
+    size: int
+    """Bytes."""
+    cost: float
+    """Expected divergence, in nats a token."""
+
+
+def allocate(choices: Mapping[str, Sequence[Choice]], budget: int) -> dict[str, Choice]:
+    """The cheapest choice of each weight, and then the upgrades that save most divergence a byte until bytes run out.
+
+    Raises UsageError when not even the smallest choices fit.
+    """
+    hulls = {name: _hull(row) for name, row in choices.items()}
+    level = dict.fromkeys(hulls, 0)
+    left = budget - sum(h[0].size for h in hulls.values())
+    if left < 0:
+        raise UsageError(f"the target is {-left / 1e6:.2f} MB below the smallest size that can be reached")
+    steps = sorted(
+        ((a.cost - b.cost) / (b.size - a.size), name, i)
+        for name, hull in hulls.items()
+        for i, (a, b) in enumerate(itertools.pairwise(hull))
+    )
+    for _, name, i in reversed(steps):
+        extra = hulls[name][i + 1].size - hulls[name][i].size
+        if level[name] == i and extra <= left:
+            level[name], left = i + 1, left - extra
+    return {name: hulls[name][i] for name, i in level.items()}
+
+
+def _hull(row: Sequence[Choice]) -> list[Choice]:
+    """Choices that are worth their bytes: from each to the next, a byte saves less than before."""
+    hull: list[Choice] = []
+    for choice in sorted(row, key=lambda c: (c.size, c.cost)):
+        if hull and choice.cost >= hull[-1].cost:
+            continue
+        while len(hull) > 1 and _gain(hull[-2], hull[-1]) <= _gain(hull[-1], choice):
+            hull.pop()
+        hull.append(choice)
+    return hull
+
+
+def _gain(a: Choice, b: Choice) -> float:
+    return (a.cost - b.cost) / (b.size - a.size)
+
+
+def plan(
+    model: onnx.ModelProto,
+    read: Read,
+    targets: Sequence[Target],
+    windows: npt.NDArray[np.int64],
+    budget: int,
+    *,
+    threads: int,
+    pool: Executor,
+    report: Report,
+) -> Recipe:
+    """A group for each of `targets`, so that all of them together take at most `budget` bytes."""
+    windows = windows[:WINDOWS, :WINDOW]
+    probe = _Probe(model, read, targets, windows, threads, pool)
+    units = _units(targets)
+    costs: dict[str, float] = {}
+    for i, (unit, members) in enumerate(units.items()):
+        costs[unit] = probe.divergence(members)
+        report(i + 1, len(units), "measuring what 4 bits cost")
+    choices = {t.weight: probe.choices(t, _cost(t, targets, costs)) for t in targets}
+    chosen = allocate(choices, budget)
+    return Recipe("bits and blocks chosen for a size", tuple(_group(t, chosen[t.weight].scheme) for t in targets))
+
+
+def _group(target: Target, scheme: Scheme) -> Group:
+    is_calibrated = scheme.bits == 4 and not target.lookups
+    return Group(_name(target), scheme, "gptq" if is_calibrated else "rtn", smooth=scheme.bits == 8)
+
+
+def _name(target: Target) -> str:
+    return target.weight.removesuffix(".half")
+
+
+def _place(target: Target) -> tuple[str, str]:
+    """Layer and kind of a weight within the blocks; its own name, twice, outside of them."""
+    parts = _name(target).split(".")
+    if parts[0] != "blocks":
+        return _name(target), _name(target)
+    return f"layer {parts[1]}", ".".join(parts[2:])
+
+
+def _units(targets: Iterable[Target]) -> dict[str, list[Target]]:
+    """What is rounded together to be measured: each layer, and each kind of weight."""
+    units: dict[str, list[Target]] = {}
+    for target in targets:
+        for unit in dict.fromkeys(_place(target)):
+            units.setdefault(unit, []).append(target)
+    return units
+
+
+def _cost(target: Target, targets: Iterable[Target], costs: Mapping[str, float]) -> float:
+    """Divergence that one weight at 4 bits costs: its layer's, shared among its kinds."""
+    layer, kind = _place(target)
+    if layer == kind:
+        return costs[kind]
+    kinds = {_place(t)[1] for t in targets if _place(t)[0] == layer}
+    return costs[layer] * costs[kind] / max(sum(costs[k] for k in kinds), 1e-12)
+
+
+class _Probe:
+    """Runs the float graph over a short text with some weights rounded."""
+
+    def __init__(
+        self,
+        model: onnx.ModelProto,
+        read: Read,
+        targets: Sequence[Target],
+        windows: npt.NDArray[np.int64],
+        threads: int,
+        pool: Executor,
+    ) -> None:
+        self._model, self._read, self._windows, self._threads, self._pool = model, read, windows, threads, pool
+        self._initializers = {t.name: t for t in model.graph.initializer}
+        by_product = {p: t for t in targets for p in t.products}
+        self._products = [node.name for node in model.graph.node if node.name in by_product]
+        self._head = by_product[self._products[-1]]
+        self._importance: dict[str, FloatArray] = {}
+        self._expected = self._log_probabilities(read, measured=by_product)
+
+    def divergence(self, rounded: Iterable[Target]) -> float:
+        """Mean Kullback-Leibler divergence, in nats a token, when these weights are rounded at 4 bits."""
+        names = {t.weight: t for t in rounded}
+
+        def read(tensor: TensorProto) -> npt.NDArray[np.generic]:
+            target = names.get(tensor.name)
+            return self._read(tensor) if target is None else self._rounded(target, _candidates(target)[0])
+
+        got = self._log_probabilities(read)
+        return float((np.exp(self._expected) * (self._expected - got)).sum(-1).mean())
+
+    def choices(self, target: Target, cost: float) -> list[Choice]:
+        """Every scheme for a weight; `cost` is the divergence that the first costs."""
+        schemes = _candidates(target)
+        probe = max(self._error(target, schemes[0]), 1e-30)
+        made = []
+        for scheme in schemes:
+            gain = GPTQ_GAIN if _group(target, scheme).method == "gptq" else 1
+            made.append(Choice(scheme, _size(target, scheme), cost * gain * self._error(target, scheme) / probe))
+        return made
+
+    def _error(self, target: Target, scheme: Scheme) -> float:
+        """Squared error of some rows, each column weighed by the size of its input."""
+        rows = self._read(self._initializers[target.weight])
+        rows = np.asarray(rows[:: max(1, len(rows) // _ROWS)], np.float32)
+        importance = self._importance.get(target.weight, np.ones(target.width, np.float32))
+        quick = replace(scheme, steps=min(scheme.steps, _PROBE_STEPS))
+        blocks = quantize_matrix(rows, quick, importance, self._pool)
+        return float((np.square(rows - dequantize(blocks, quick, target.width)) * importance).sum())
+
+    def _rounded(self, target: Target, scheme: Scheme) -> npt.NDArray[np.generic]:
+        rows = self._read(self._initializers[target.weight])
+        quick = replace(scheme, steps=_PROBE_STEPS)
+        importance = self._importance.get(target.weight)
+        blocks = quantize_matrix(rows, quick, None if target.lookups else importance, self._pool)
+        return dequantize(blocks, quick, target.width).astype(rows.dtype)
+
+    def _log_probabilities(self, read: Read, *, measured: Mapping[str, Target] | None = None) -> FloatArray:
+        """[positions, vocab_size] of the second half of each window. The head's soft cap, if any, is left out."""
+        walk = Walk(self._model, read, self._windows, threads=self._threads)
+        batches: list[FloatArray] = []
+        for product in self._products:  # a product at a time: no more than its weights are loaded at once
+            batches = walk.inputs_of(product)
+            if measured:
+                squares = [np.square(x).sum(0) for x in batches]
+                self._importance[measured[product].weight] = np.sum(squares, 0) / self._windows.size
+        hidden = np.concatenate(batches).reshape(len(self._windows), -1, self._head.width)
+        rows = hidden[:, hidden.shape[1] // 2 :].reshape(-1, self._head.width)
+        return log_softmax(rows @ np.asarray(read(self._initializers[self._head.weight]), np.float32).T)
+
+
+def _candidates(target: Target) -> tuple[Scheme, ...]:
+    return TABLE_SCHEMES if target.lookups else SCHEMES
+
+
+def _size(target: Target, scheme: Scheme) -> int:
+    """Bytes of a weight: integers, float16 scales and zero points."""
+    blocks = -(-target.width // scheme.block_size)
+    zero_points = 0 if scheme.symmetric else -(-blocks * scheme.bits // 8)
+    return target.rows * (blocks * scheme.block_size * scheme.bits // 8 + 2 * blocks + zero_points)
