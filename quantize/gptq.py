@@ -22,8 +22,9 @@ from gptedge.quantize.rounding import Blocks, as_blocks, search_scales, storable
 
 FloatArray = npt.NDArray[np.float32]
 
-DAMPING = 0.01
-"""Of H's mean diagonal, added to it: columns that the text hardly uses stay near their values."""
+DAMPING = 0.2
+"""Of H's mean diagonal, added to it: what the text shows is not all that the product will see. On text that was not
+calibrated on, 0.1 to 0.4 lost least, and 10% less than the customary 0.01."""
 DESCENTS = 3
 """Rounds of coordinate descent, with scales fitted in between; more gained less than 1% of the error."""
 _COLUMNS = 128  # rounded before the rest of the matrix is brought up to date

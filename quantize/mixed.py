@@ -215,7 +215,7 @@ class _Probe:
         """[positions, vocab_size] of the second half of each window. The head's soft cap, if any, is left out."""
         walk = Walk(self._model, read, self._windows, threads=self._threads)
         batches: list[FloatArray] = []
-        for product in self._products:  # a product at a time: no more than its weights are loaded at once
+        for product in self._products if measured else self._products[-1:]:
             batches = walk.inputs_of(product)
             if measured:
                 squares = [np.square(x).sum(0) for x in batches]

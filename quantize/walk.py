@@ -22,6 +22,7 @@ from gptedge.runtime.onnx_runtime import import_onnxruntime
 
 Array = npt.NDArray[Any]
 Read = Callable[[TensorProto], Array]
+_SEGMENT_BYTES = 1 << 26  # of weights that a part of the graph has, as a rule
 _BATCH = 4  # windows run at once: enough rows to keep the cores busy, and attention's scores stay small
 
 
@@ -49,8 +50,8 @@ class Walk:
         """Activations that reach a node's first input, a few windows each: [tokens, width]. Earlier nodes have run."""
         index = next(i for i, n in enumerate(self._nodes) if n.name == node_name)
         value = self._nodes[index].input[0]
-        if index > self._at:
-            self._advance(index)
+        while self._at < index:
+            self._advance(self._next_stop(index))
         return [v[value].reshape(-1, v[value].shape[-1]) for v in self._values]
 
     def replace(self, node_name: str, nodes: Sequence[NodeProto], initializers: Iterable[TensorProto]) -> None:
@@ -67,19 +68,33 @@ class Walk:
             if any(i in self._dynamic for i in node.input):
                 self._dynamic.update(o for o in node.output if o)
 
+    def _next_stop(self, until: int) -> int:
+        """The furthest node up to `until` that can be reached without loading many weights at once."""
+        size = 0
+        for i in range(self._at, until):
+            weights = (self._initializers[n] for n in self._nodes[i].input if n in self._initializers)
+            size += sum(4 * int(np.prod(t.dims)) for t in weights)
+            if size > _SEGMENT_BYTES and i > self._at:
+                return i
+        return until
+
     def _advance(self, until: int) -> None:
         """Run the nodes up to index `until`, and keep what it and later nodes read."""
         wanted = {i for node in self._nodes[until:] for i in node.input if i in self._dynamic}
-        held = self._values[0]
         outputs = sorted(o for node in self._nodes[self._at : until] for o in node.output if o in wanted)
-        session, inputs, fixed = self._segment(outputs, set(held))
+        if outputs:
+            self._run(outputs, wanted)
+        self._at = until
+
+    def _run(self, outputs: list[str], wanted: set[str]) -> None:
+        """Add `outputs` to the values held, and drop those that are not wanted any more."""
+        session, inputs, fixed = self._segment(outputs, set(self._values[0]))
         for i, values in enumerate(self._values):
             feeds = {name: values[name] for name in inputs}
             feeds |= {name: make(*self._batches[i].shape) for name, make in fixed.items()}
             made = dict(zip(outputs, session.run(outputs, feeds), strict=True))
             kept = {name: value for name, value in values.items() if name in wanted}
             self._values[i] = {**kept, **made}
-        self._at = until
 
     def _segment(self, outputs: list[str], held: set[str]) -> tuple[Any, list[str], dict[str, Any]]:
         """A session that computes `outputs` from held values: with their names, and the fixed inputs it takes."""
