@@ -1,0 +1,69 @@
+"""Filling a size: bytes go where they save most, and the bundle keeps to its target."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from gptedge.bundle import open_bundle
+from gptedge.errors import UsageError
+from gptedge.quantize.mixed import SCHEMES, Choice, allocate
+from gptedge.quantize.quantizer import quantize
+
+SMALL, MIDDLE, LARGE = SCHEMES[0], SCHEMES[1], SCHEMES[2]
+ROW = [Choice(SMALL, 100, 8.0), Choice(MIDDLE, 150, 5.0), Choice(LARGE, 200, 1.0)]
+
+
+def scaled(factor: float) -> list[Choice]:
+    return [Choice(c.scheme, c.size, c.cost * factor) for c in ROW]
+
+
+def test_bytes_go_where_they_save_most() -> None:
+    choices = {"dull": scaled(0.1), "sharp": scaled(10), "plain": scaled(1)}
+    assert [c.size for c in allocate(choices, 300).values()] == [100, 100, 100]
+    assert {n: c.size for n, c in allocate(choices, 400).items()} == {"dull": 100, "sharp": 200, "plain": 100}
+    assert {n: c.size for n, c in allocate(choices, 599).items()} == {"dull": 100, "sharp": 200, "plain": 200}
+    assert [c.size for c in allocate(choices, 600).values()] == [200, 200, 200]
+
+
+def test_a_choice_that_is_not_worth_its_bytes_is_never_taken() -> None:
+    """150 bytes save less each than 200 do, so it is skipped; 220 that are no better than 200, too."""
+    row = [*ROW, Choice(LARGE, 220, 1.0)]
+    sizes = {allocate({"a": row}, budget)["a"].size for budget in range(100, 400, 10)}
+    assert sizes == {100, 200}
+
+
+def test_more_bytes_never_cost_more() -> None:
+    rng = np.random.default_rng(0)
+    choices = {
+        str(i): [Choice(SMALL, int(s), float(c)) for s, c in zip(rng.integers(10, 99, 5), rng.random(5), strict=True)]
+        for i in range(20)
+    }
+    least = sum(min(c.size for c in row) for row in choices.values())
+    costs = [sum(c.cost for c in allocate(choices, b).values()) for b in range(least, 3 * least, least // 10)]
+    assert costs == sorted(costs, reverse=True)
+    assert costs[0] > costs[-1]
+
+
+def test_too_small_a_budget_says_by_how_much() -> None:
+    with pytest.raises(UsageError, match=r"0\.50 MB below the smallest"):
+        allocate({"a": [Choice(SMALL, 1_000_000, 1.0)]}, 500_000)
+
+
+def test_a_bundle_keeps_to_its_target(tiny_bundle: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.write_text("The quick brown fox jumps over the lazy dog. 0123456789 " * 200)
+    kinds = {}
+    for target in (0.24, 0.30):
+        made = quantize(tiny_bundle, tmp_path / str(target), recipe="mixed", target_mb=target, calibration=text)
+        assert 0.7 * target < made.size_mb <= target  # much of so small a bundle is padding, kept in reserve
+        assert open_bundle(made.bundle).recipe == "mixed"
+        graph = onnx.load(made.bundle / "model.onnx", load_external_data=False).graph
+        nodes = [n for n in graph.node if n.op_type == "MatMulNBits"]
+        kinds[target] = {tuple(a.i for a in n.attribute if a.name in ("bits", "block_size")) for n in nodes}
+    assert kinds[0.24] != kinds[0.30]
+    with pytest.raises(UsageError, match="below the smallest size"):
+        quantize(tiny_bundle, tmp_path / "tiny", recipe="mixed", target_mb=0.05, calibration=text)

@@ -1,0 +1,84 @@
+"""Recipes from TOML files, and what is refused in them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import pytest
+
+from gptedge.errors import UsageError
+from gptedge.quantize.quantizer import quantize
+from gptedge.quantize.recipes import RECIPES, Scheme, find_recipe, read_recipe
+
+GOOD = """
+summary = "down projections alone"
+[[group]]
+match = "*.down.weight"
+bits = 4
+block_size = 16
+"""
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "mine.toml"
+    path.write_text(text)
+    return path
+
+
+def test_a_recipe_of_ones_own(tiny_bundle: Path, tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD)
+    result = quantize(tiny_bundle, tmp_path / "out", recipe=str(path))
+    assert result.recipe == "mine"
+    graph = onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False).graph
+    quantized = [n.name for n in graph.node if n.op_type == "MatMulNBits"]
+    assert quantized == [f"blocks.{i}.mlp.down" for i in range(3)]
+    assert any(n.op_type == "FusedMatMul" for n in graph.node)
+
+
+def test_fields_and_defaults(tmp_path: Path) -> None:
+    name, recipe = find_recipe(str(write(tmp_path, GOOD)))
+    assert (name, recipe.summary) == ("mine", "down projections alone")
+    group = recipe.group_of("blocks.11.mlp.down.weight")
+    assert group is not None
+    assert group.scheme == Scheme(bits=4, block_size=16, symmetric=False, steps=12)
+    assert (group.method, group.smooth, group.widen) == ("rtn", False, False)
+    assert recipe.group_of("embed.weight") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", r"has no \[\[group\]\]"),
+        ("= 3", "is not TOML"),
+        ("sumary = 'x'\n" + GOOD, "'sumary' is not known"),
+        (GOOD + "bit = 4", "'bit' is not known; known are match, "),
+        (GOOD.replace("bits = 4\n", ""), "lacks bits"),
+        (GOOD.replace("4", "3", 1), "bits is 3; it must be 4 or 8"),
+        (GOOD.replace("16", "24"), "block_size is 24; it must be a power of two, at least 16"),
+        (GOOD.replace("16", "'16'"), "block_size is '16'; it must be of type int"),
+        (GOOD + "method = 'awq'", "method is 'awq'; it must be one of rtn, gptq"),
+        (GOOD + "widen = true", "must be of 8 bits and symmetric"),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        read_recipe(write(tmp_path, text))
+
+
+def test_tables_must_be_symmetric(tiny_bundle: Path, tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD.replace("*.down.weight", "*"))
+    with pytest.raises(UsageError, match=r"embed\.weight is looked up by rows: its scheme must be symmetric"):
+        quantize(tiny_bundle, tmp_path / "out", recipe=str(path))
+    assert [f.name for f in tmp_path.iterdir()] == ["mine.toml"]
+
+
+def test_the_nearest_name_is_offered() -> None:
+    with pytest.raises(UsageError, match="did you mean int4-rtn"):
+        find_recipe("int4_rtn")
+
+
+def test_a_target_size_is_for_recipes_that_fill_it(tiny_bundle: Path, tmp_path: Path) -> None:
+    for name, recipe in RECIPES.items():
+        with pytest.raises(UsageError, match="target size"):
+            quantize(tiny_bundle, tmp_path / "out", recipe=name, target_mb=None if recipe.fills_target else 1.0)
