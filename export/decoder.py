@@ -185,8 +185,9 @@ class _Decoder:
         """A weight by name, or several with their rows stacked. Stored float16 is widened once, at load."""
         parts = parts or (name,)
         if not self.half or len(self.w[parts[0]].shape) < 2:
-            return self.g.weight(name, (self.w[part].read() for part in parts))
-        stored = self.g.weight(f"{name}.half", (self.w[part].read().astype(np.float16) for part in parts))
+            return self.g.weight(name, (piece for part in parts for piece in self.w[part].pieces()))
+        halves = (piece.astype(np.float16) for part in parts for piece in self.w[part].pieces())
+        stored = self.g.weight(f"{name}.half", halves)
         return self.g.once("Cast", stored, name=name, to=onnx.TensorProto.FLOAT)
 
     def norm_weights(self, name: str) -> list[str]:

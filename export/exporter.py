@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +20,10 @@ from gptedge.export.genai import genai_config
 from gptedge.export.reference import Reference
 from gptedge.export.rotary import MULTIPLE
 from gptedge.export.sources import open_source
-from gptedge.files import check_destination, new_folder, write_json
+from gptedge.files import check_destination, new_folder, seal, write_json
 from gptedge.measure import peak_rss_mb
 from gptedge.onnx_file import WeightFile, save_graph
-from gptedge.runtime.session import Session
+from gptedge.safetensors import Tensor
 from gptedge.tokenizer import Tokenizer
 
 DTYPES = ("fp32", "fp16")
@@ -70,12 +72,12 @@ def export(
         with WeightFile(folder / GRAPH_DATA) as file:
             graph = build(config, weights, file, half=dtype == "fp16", report=report)
         save_graph(folder / GRAPH, graph)
-        parity = None
-        if verify:
-            parity = parity_check.compare(Session(open_bundle(folder)), Reference(config, weights).logits)
-            parity_check.check(parity, dtype)
+        with ThreadPoolExecutor(1, "gptedge-seal") as pool:
+            sealed = pool.submit(seal, folder / GRAPH_DATA)  # beside the verification
+            parity = _verify(folder, config, weights, dtype) if verify else None
         facts: dict[str, Any] = {"parity": parity.as_json()} if parity else {}
-        write_manifest(folder, family=checkpoint.family.name, recipe=dtype, packages=PACKAGES, **facts)
+        hashes = {GRAPH_DATA: sealed.result()}
+        write_manifest(folder, family=checkpoint.family.name, recipe=dtype, packages=PACKAGES, hashes=hashes, **facts)
         size = open_bundle(folder).size_bytes
     return ExportResult(
         bundle=Path(out),
@@ -85,6 +87,17 @@ def export(
         peak_rss_mb=peak_rss_mb(),
         parity=parity,
     )
+
+
+def _verify(folder: Path, config: ModelConfig, weights: Mapping[str, Tensor], dtype: str) -> parity_check.Parity:
+    parity = parity_check.compare_stages(
+        folder / GRAPH,
+        Reference(config, weights).logits,
+        vocab_size=config.vocab_size,
+        context_length=config.context_length,
+    )
+    parity_check.check(parity, dtype)
+    return parity
 
 
 def _with_tokenizer(checkpoint: Checkpoint, tokenizer: Path | None) -> Checkpoint:

@@ -1,7 +1,7 @@
 """The decoder in plain numpy: slow, without a KV cache, and short enough to be checked by eye.
 
 Every export is compared with it, so that a wrong graph is found where it is made, on a machine without torch. It reads
-the checkpoint's tensors one at a time. Shapes: T tokens, D n_embd, H n_head, K n_kv_head, E head_dim, F n_ff.
+the checkpoint's tensors piece by piece. Shapes: T tokens, D n_embd, H n_head, K n_kv_head, E head_dim, F n_ff.
 """
 
 from __future__ import annotations
@@ -36,15 +36,14 @@ class Reference:
         x = self.embed(ids)
         for i in range(self.c.n_layer):
             x = self.block(x, i)
-        table = "embed.weight" if self.c.tie_embeddings else "head.weight"
-        logits = np.matmul(self.norm(x, "norm"), self.w[table].read().T)
+        logits = self.product(self.norm(x, "norm"), "embed.weight" if self.c.tie_embeddings else "head.weight")
         cap = self.c.logit_softcap
         return logits if cap is None else np.float32(cap) * np.tanh(logits / np.float32(cap))
 
     def embed(self, ids: list[int]) -> FloatArray:
-        x = np.array(self.w["embed.weight"].read()[ids])
+        x = self.w["embed.weight"].take(ids)
         if self.c.position == "learned":
-            x += self.w["position.weight"].read()[: len(ids)]
+            x += self.w["position.weight"].take(range(len(ids)))
         return self.norm(x * np.float32(self.c.embed_scale), "embed_norm")
 
     def norm(self, x: FloatArray, name: str) -> FloatArray:
@@ -100,5 +99,9 @@ class Reference:
         return after + self.norm(self.mlp(self.norm(seen, f"{block}.mlp_norm"), i), f"{block}.mlp_post_norm")
 
     def linear(self, x: FloatArray, name: str) -> FloatArray:
-        y = x @ self.w[f"{name}.weight"].read().T
+        y = self.product(x, f"{name}.weight")
         return y + self.w[f"{name}.bias"].read() if f"{name}.bias" in self.w else y
+
+    def product(self, x: FloatArray, name: str) -> FloatArray:
+        """x @ W.T, a few MB of W at a time."""
+        return np.concatenate([x @ piece.T for piece in self.w[name].pieces()], axis=-1)

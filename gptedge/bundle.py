@@ -85,8 +85,20 @@ def verify(bundle: Bundle, *, names: Iterable[str] | None = None) -> None:
             )
 
 
-def write_manifest(folder: Path, *, family: str, recipe: str, packages: Iterable[str], **facts: Any) -> dict[str, Any]:
-    """Describe every file in `folder`. `facts` are further JSON entries, such as measured parity. No timestamps."""
+def write_manifest(
+    folder: Path,
+    *,
+    family: str,
+    recipe: str,
+    packages: Iterable[str],
+    hashes: Mapping[str, str] | None = None,
+    **facts: Any,
+) -> dict[str, Any]:
+    """Describe every file in `folder`. `facts` are further JSON entries, such as measured parity. No timestamps.
+
+    `hashes` are the sha256 that are known already, by the file's name.
+    """
+    known = dict(hashes or {})
     files = sorted(f for f in folder.iterdir() if f.is_file() and f.name != MANIFEST)
     manifest = {
         "format_version": FORMAT_VERSION,
@@ -94,7 +106,7 @@ def write_manifest(folder: Path, *, family: str, recipe: str, packages: Iterable
         "recipe": recipe,
         **facts,
         "made_with": {name: metadata.version(name) for name in ("gptedge", *packages)},
-        "files": {f.name: {"size": f.stat().st_size, "sha256": sha256(f)} for f in files},
+        "files": {f.name: {"size": f.stat().st_size, "sha256": known.get(f.name) or sha256(f)} for f in files},
     }
     write_json(folder / MANIFEST, manifest)
     return manifest

@@ -323,6 +323,8 @@ def _view(tensor: Tensor, part: Part, c: ModelConfig, shape: tuple[int, ...], wh
         raise CheckpointError(f"{what} has the shape {list(tensor.shape)}; config.json implies {list(expected)}")
     if not part.rows and not part.transpose and not part.plus:
         return tensor
+    if not part.transpose and not part.per_head:
+        return _rows_of(tensor, first, shape, np.float32(part.plus))
     heads = c.n_head if part.per_head else 1
 
     def read() -> FloatArray:
@@ -333,6 +335,17 @@ def _view(tensor: Tensor, part: Part, c: ModelConfig, shape: tuple[int, ...], wh
         return rows + np.float32(part.plus) if part.plus else rows
 
     return Tensor(shape, tensor.dtype, read)
+
+
+def _rows_of(tensor: Tensor, first: int, shape: tuple[int, ...], plus: np.float32) -> Tensor:
+    """Consecutive rows of a tensor, plus a number."""
+
+    def read_rows(start: int, stop: int) -> FloatArray:
+        start, stop = first + start, first + stop
+        rows = tensor.read()[start:stop] if tensor.read_rows is None else tensor.read_rows(start, stop)
+        return rows + plus if plus else rows
+
+    return Tensor(shape, tensor.dtype, lambda: read_rows(0, shape[0]), read_rows)
 
 
 def _is_tied_head(name: str, config: ModelConfig) -> bool:

@@ -148,6 +148,12 @@ def _sync_tree(folder: Path) -> None:
             _sync(path)
 
 
+def seal(path: Path) -> str:
+    """Put a file that is complete on the disk now rather than with its folder; its sha256, in hex."""
+    _sync(path)
+    return sha256(path)
+
+
 def _sync(path: Path) -> None:
     fd = os.open(path, os.O_RDWR)  # Windows syncs only what is open for writing
     try:

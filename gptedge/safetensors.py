@@ -2,14 +2,15 @@
 
 Format (huggingface/safetensors, README): 8 bytes little-endian N, N bytes of JSON that map each name to `dtype`,
 `shape` and `data_offsets`, then the tensors' bytes. The reference implementation is Rust; this one is not. Floating
-kinds are read as float32; the file stays mapped, so a tensor that is float32 already costs no copy.
+kinds are read as float32. Each read maps its bytes anew, so that a tensor that is float32 already costs no copy
+and its pages leave this process together with the array.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,10 @@ import numpy.typing as npt
 from gptedge.errors import CheckpointError
 
 FloatArray = npt.NDArray[np.float32]
+Bytes = npt.NDArray[np.uint8]
 
+PIECE_BYTES = 1 << 22
+"""About how much `Tensor.pieces` reads at once, as float32: what a processor's cache holds."""
 _MAX_HEADER = 100_000_000  # bytes; the bound of the format's reference reader
 
 
@@ -52,6 +56,30 @@ class Tensor:
     dtype: str
     """The format's own name of the stored kind: F32, F16, BF16, Q4_1, …"""
     read: Callable[[], FloatArray]
+    read_rows: Callable[[int, int], FloatArray] | None = None
+    """Rows from one up to another along the first axis, where they can be read without the others."""
+
+    def pieces(self) -> Iterator[FloatArray]:
+        """The tensor in pieces along its first axis, of about PIECE_BYTES where it can be read so."""
+        if self.read_rows is None or not self.shape:
+            yield self.read()
+            return
+        step = max(1, PIECE_BYTES // max(1, 4 * math.prod(self.shape[1:])))
+        for start in range(0, max(1, self.shape[0]), step):
+            yield self.read_rows(start, min(start + step, self.shape[0]))
+
+    def take(self, ids: Sequence[int]) -> FloatArray:
+        """Those rows, [len(ids), …], a copy."""
+        if self.read_rows is None:
+            return self.read()[list(ids)]
+        return np.concatenate([self.read_rows(i, i + 1) for i in ids])
+
+
+def map_bytes(path: Path, begin: int, end: int) -> Bytes:
+    """Bytes of a file, mapped for as long as the array lives."""
+    if begin == end:
+        return np.empty(0, np.uint8)
+    return np.memmap(path, np.uint8, mode="r", offset=begin, shape=(end - begin,))
 
 
 def read(path: Path) -> dict[str, Tensor]:
@@ -61,13 +89,12 @@ def read(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} is missing")
     size = path.stat().st_size
     header, start = _header(path, size)
-    data = np.memmap(path, np.uint8, mode="r", offset=start) if size > start else np.empty(0, np.uint8)
     tensors, extents = {}, []
     for name, entry in header.items():
         if name != "__metadata__":
-            tensors[name], extent = _tensor(path, name, entry, data)
+            tensors[name], extent = _tensor(path, name, entry, start, size)
             extents.append(extent)
-    _check_layout(path, extents, len(data))
+    _check_layout(path, extents, size - start)
     return tensors
 
 
@@ -96,7 +123,8 @@ def _check_layout(path: Path, extents: list[tuple[int, int, str]], size: int) ->
         raise CheckpointError(f"{path} has {size} bytes of data, and its tensors take {at}")
 
 
-def _tensor(path: Path, name: str, entry: Any, data: npt.NDArray[np.uint8]) -> tuple[Tensor, tuple[int, int, str]]:
+def _tensor(path: Path, name: str, entry: Any, start: int, size: int) -> tuple[Tensor, tuple[int, int, str]]:
+    """The tensor that a header's entry describes, and its extent in the data, which begins at `start` of the file."""
     try:
         kind, shape = str(entry["dtype"]), tuple(map(_count, entry["shape"]))
         begin, end = map(_count, entry["data_offsets"])
@@ -107,15 +135,21 @@ def _tensor(path: Path, name: str, entry: Any, data: npt.NDArray[np.uint8]) -> t
     stored, to_float = _KINDS[kind]
     if end - begin != math.prod(shape) * np.dtype(stored).itemsize:
         raise CheckpointError(f"{path}: {name} has {end - begin} bytes, which is not what {kind} {list(shape)} takes")
-    if end > len(data):
-        raise CheckpointError(f"{path} is cut short: {name} ends at byte {end} of the data, and {len(data)} are there")
+    if end > size - start:
+        raise CheckpointError(
+            f"{path} is cut short: {name} ends at byte {end} of the data, and {size - start} are there"
+        )
+    row = (end - begin) // shape[0] if shape and shape[0] else 0  # bytes
 
-    def load() -> FloatArray:
+    def load(first: int, last: int, of: tuple[int, ...]) -> FloatArray:
         if to_float is None:
             raise CheckpointError(f"{path}: {name} has dtype {kind}; a floating kind is needed")
-        return to_float(data[begin:end].view(stored).reshape(shape))
+        return to_float(map_bytes(path, start + first, start + last).view(stored).reshape(of))
 
-    return Tensor(shape, kind, load), (begin, end, name)
+    def read_rows(first: int, last: int) -> FloatArray:
+        return load(begin + first * row, begin + last * row, (last - first, *shape[1:]))
+
+    return Tensor(shape, kind, lambda: load(begin, end, shape), read_rows), (begin, end, name)
 
 
 def _count(value: Any) -> int:

@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from gptedge.errors import CheckpointError, MissingExtraError, UnsupportedModelError
-from gptedge.safetensors import FloatArray, Tensor
+from gptedge.safetensors import Bytes, FloatArray, Tensor, map_bytes
 
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -45,8 +44,6 @@ _SCALARS: dict[int, str] = {  # value type -> struct's letter
 }
 _VALUES_AT_ONCE = 1 << 18  # dequantized in one call: bounds the temporaries to a few MB
 
-Bytes = npt.NDArray[np.uint8]
-
 
 @dataclass(frozen=True)
 class Container:
@@ -60,11 +57,10 @@ def read(path: Path) -> Container:
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path} is missing" if not path.exists() else f"{path} is not a file")
-    data: Bytes = np.memmap(path, np.uint8, mode="r") if path.stat().st_size else np.empty(0, np.uint8)
-    cursor = _Cursor(path, data.data)
+    cursor = _Cursor(path, map_bytes(path, 0, path.stat().st_size).data)
     n_tensors, n_keys = _preamble(cursor)
     metadata = _metadata(cursor, n_keys)
-    return Container(metadata, _tensors(cursor, n_tensors, _alignment(path, metadata), data))
+    return Container(metadata, _tensors(cursor, n_tensors, _alignment(path, metadata)))
 
 
 class _Cursor:
@@ -176,13 +172,13 @@ class _Entry:
     end: int
 
 
-def _tensors(cursor: _Cursor, count: int, alignment: int, data: Bytes) -> dict[str, Tensor]:
+def _tensors(cursor: _Cursor, count: int, alignment: int) -> dict[str, Tensor]:
     entries = [_entry(cursor, f"entry {i + 1} of {count} in the tensor table") for i in range(count)]
     start = -(-cursor.at // alignment) * alignment
-    _check_extents(cursor.path, entries, len(data) - start)
+    _check_extents(cursor.path, entries, len(cursor.data) - start)
     for kind in sorted({entry.kind for entry in entries}):
         _check_readable(cursor.path, kind)
-    tensors = {entry.name: _tensor(entry, data[start + entry.begin : start + entry.end]) for entry in entries}
+    tensors = {entry.name: _tensor(cursor.path, entry, start + entry.begin) for entry in entries}
     if len(tensors) < count:
         raise CheckpointError(f"{cursor.path} names a tensor twice")
     return tensors
@@ -215,11 +211,15 @@ def _check_extents(path: Path, entries: list[_Entry], available: int) -> None:
             raise CheckpointError(f"{path}: the tensors {one.name} and {next_one.name} overlap; the file is damaged")
 
 
-def _tensor(entry: _Entry, stored: Bytes) -> Tensor:
-    def read() -> FloatArray:
-        return dequantize(stored, entry.kind).reshape(entry.shape)
+def _tensor(path: Path, entry: _Entry, begin: int) -> Tensor:
+    rows = entry.shape[0]
+    row = (entry.end - entry.begin) // rows if rows else 0  # bytes
 
-    return Tensor(entry.shape, entry.kind.name, read)
+    def read_rows(first: int, last: int) -> FloatArray:
+        stored = map_bytes(path, begin + first * row, begin + last * row)
+        return dequantize(stored, entry.kind).reshape(last - first, *entry.shape[1:])
+
+    return Tensor(entry.shape, entry.kind.name, lambda: read_rows(0, rows), read_rows)
 
 
 # ---- the gguf package ----------------------------------------------------------------------------------------------
