@@ -18,7 +18,7 @@ import onnx
 
 from gptedge.config import ModelConfig, rope_frequencies
 from gptedge.export.graph import Graph
-from gptedge.export.rotary import is_spread, spread_frequencies, spread_weights
+from gptedge.export.rotary import is_spread, rotary_scale, spread_frequencies, spread_weights
 from gptedge.graph_io import (
     ATTENTION_MASK,
     FIRST_LOGIT,
@@ -251,4 +251,8 @@ class _Decoder:
         frequencies = spread_frequencies(c, rope_frequencies(c)) if is_spread(c) else rope_frequencies(c)
         row = g.constant(f"{name}.frequencies", frequencies, np.float32)
         angles = g.once("Mul", column, row, name=f"{name}.angles")
-        return g.once("Cos", angles, name=f"{name}.cos"), g.once("Sin", angles, name=f"{name}.sin")
+        if c.rope_attention_factor == 1.0:
+            return g.once("Cos", angles, name=f"{name}.cos"), g.once("Sin", angles, name=f"{name}.sin")
+        scale = g.constant(f"{name}.scale", rotary_scale(c), np.float32)
+        cos, sin = (g.once(kind, angles, name=f"{name}.{kind.lower()}.unscaled") for kind in ("Cos", "Sin"))
+        return g.once("Mul", cos, scale, name=f"{name}.cos"), g.once("Mul", sin, scale, name=f"{name}.sin")

@@ -38,6 +38,8 @@ class ExportResult:
     family: str
     size_mb: float
     """Graph and weights, 10^6 bytes."""
+    context_length: int
+    """Tokens; fewer than config.json's where a rotary scaling cannot go further with a cache (longrope)."""
     seconds: float
     peak_rss_mb: float
     parity: parity_check.Parity | None
@@ -83,6 +85,7 @@ def export(
         bundle=Path(out),
         family=checkpoint.family.name,
         size_mb=round(size / 1e6, 2),
+        context_length=config.context_length,
         seconds=round(time.perf_counter() - start, 2),
         peak_rss_mb=peak_rss_mb(),
         parity=parity,

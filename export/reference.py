@@ -82,7 +82,7 @@ class Reference:
         """RoPE over the first rope_dim of each head, in two halves."""
         dim = c.rope_dim
         angles = np.outer(np.arange(len(x), dtype=np.float32), np.array(rope_frequencies(c), np.float32))[:, None]
-        cos, sin = np.cos(angles), np.sin(angles)
+        cos, sin = (f(angles) * np.float32(c.rope_attention_factor) for f in (np.cos, np.sin))
         a, b, rest = x[..., : dim // 2], x[..., dim // 2 : dim], x[..., dim:]
         return np.concatenate([a * cos - b * sin, b * cos + a * sin, rest], -1)
 

@@ -29,6 +29,12 @@ def spread_frequencies(c: ModelConfig, frequencies: list[float]) -> list[float]:
     return frequencies + [0.0] * (c.head_dim // 2 - len(frequencies))
 
 
+def rotary_scale(c: ModelConfig) -> list[float]:
+    """Factor of each column of cosines and sines; those that do not rotate are not scaled."""
+    scaled = [c.rope_attention_factor] * (c.rope_dim // 2)
+    return scaled + [1.0] * (c.head_dim // 2 - len(scaled)) if is_spread(c) else scaled
+
+
 def spread_weights(c: ModelConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same weights, with each head of q and k, and of their norms, in the order that goes with the frequencies."""
     return {name: _reordered(c, t) if _is_query_or_key(name) else t for name, t in weights.items()}

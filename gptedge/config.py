@@ -20,13 +20,25 @@ Position = Literal["rope", "learned"]
 class RopeScaling:
     """Frequency scaling of rotary embeddings, of the kinds that do not depend on the input's length."""
 
-    kind: Literal["linear", "llama3"]
-    factor: float
+    kind: Literal["linear", "llama3", "yarn", "longrope"]
+    factor: float = 1.0
+    """What slowed frequencies are divided by."""
     low_freq_factor: float = 1.0
     """llama3 only: wavelengths above `original_context_length / low_freq_factor` are divided by `factor`."""
     high_freq_factor: float = 4.0
     """llama3 only: wavelengths below `original_context_length / high_freq_factor` are left alone."""
     original_context_length: int = 8192
+    beta_fast: float = 32.0
+    """yarn only: dimensions that turn more often than this within the original context are left alone."""
+    beta_slow: float = 1.0
+    """yarn only: dimensions that turn less often than this are divided by `factor`; those between are blended."""
+    truncate: bool = True
+    """yarn only: the blended range begins and ends at whole dimensions."""
+    divisors: tuple[float, ...] = ()
+    """longrope only: what each frequency is divided by. Its other divisors, for texts beyond the original context, are
+    not there: a cache cannot follow the change, so the context ends at it."""
+    attention_factor: float = 1.0
+    """Factor of the rotated queries and keys alike (yarn, longrope)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +115,12 @@ class ModelConfig:
             raise UsageError(
                 f"model config: windows is {self.windows}; it must hold a size for each of the {self.n_layer} layers"
             )
+        scaling = self.rope_scaling
+        if scaling and scaling.kind == "longrope" and len(scaling.divisors) != self.rope_dim // 2:
+            raise UsageError(
+                f"model config: longrope has {len(scaling.divisors)} divisors; "
+                f"it must have one for each of the {self.rope_dim // 2} frequencies"
+            )
 
     @property
     def q_size(self) -> int:
@@ -125,6 +143,11 @@ class ModelConfig:
         if self.local_rope_theta is None or not self.window(i):
             return self
         return replace(self, rope_theta=self.local_rope_theta, rope_scaling=None, local_rope_theta=None)
+
+    @property
+    def rope_attention_factor(self) -> float:
+        """Factor of cosines and sines."""
+        return self.rope_scaling.attention_factor if self.rope_scaling else 1.0
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -201,19 +224,45 @@ def rope_frequencies(config: ModelConfig) -> list[float]:
     """Angular frequencies (radians per position) of rotary embeddings (arXiv:2104.09864), `rope_dim / 2` of them."""
     dim = config.rope_dim
     plain = [config.rope_theta ** (-2 * i / dim) for i in range(dim // 2)]
-    frequencies = [_scaled(f, config.rope_scaling) for f in plain]
+    scaling = config.rope_scaling
+    frequencies = _SCALED[scaling.kind](plain, scaling, config) if scaling else plain
     return [-f for f in frequencies] if config.rope_reversed else frequencies
 
 
-def _scaled(frequency: float, scaling: RopeScaling | None) -> float:
-    if scaling is None:
-        return frequency
-    return frequency / scaling.factor if scaling.kind == "linear" else _llama3_frequency(frequency, scaling)
+def _linear(plain: list[float], s: RopeScaling, c: ModelConfig) -> list[float]:
+    return [f / s.factor for f in plain]
 
 
-def _llama3_frequency(frequency: float, s: RopeScaling) -> float:
+def _llama3(plain: list[float], s: RopeScaling, c: ModelConfig) -> list[float]:
     """Long wavelengths are slowed by `factor`, short ones are kept, those between are blended."""
-    turns = s.original_context_length * frequency / (2 * math.pi)  # full turns within the original context
-    blend = (turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
-    keep = min(1.0, max(0.0, blend))
-    return keep * frequency + (1 - keep) * frequency / s.factor
+    turns = [s.original_context_length * f / (2 * math.pi) for f in plain]  # full turns within the original context
+    keep = [(t - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor) for t in turns]
+    return _blend(plain, keep, s.factor)
+
+
+def _yarn(plain: list[float], s: RopeScaling, c: ModelConfig) -> list[float]:
+    """The blend is linear in the dimension, between two that turn so and so often (arXiv:2309.00071)."""
+
+    def dimension(turns: float) -> float:
+        return c.rope_dim * math.log(s.original_context_length / (turns * 2 * math.pi)) / (2 * math.log(c.rope_theta))
+
+    low, high = dimension(s.beta_fast), dimension(s.beta_slow)
+    if s.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, c.rope_dim - 1)
+    width = high - low or 0.001
+    return _blend(plain, [1 - (i - low) / width for i in range(len(plain))], s.factor)
+
+
+def _longrope(plain: list[float], s: RopeScaling, c: ModelConfig) -> list[float]:
+    """Each frequency has its divisor (arXiv:2402.13753)."""
+    return [f / divisor for f, divisor in zip(plain, s.divisors, strict=True)]
+
+
+def _blend(plain: list[float], keep: list[float], factor: float) -> list[float]:
+    """Frequencies between kept, where `keep` is 1 and more, and divided by the factor, where it is 0 and less."""
+    kept = [min(1.0, max(0.0, k)) for k in keep]
+    return [k * f + (1 - k) * f / factor for f, k in zip(plain, kept, strict=True)]
+
+
+_SCALED = {"linear": _linear, "llama3": _llama3, "yarn": _yarn, "longrope": _longrope}

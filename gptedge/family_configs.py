@@ -6,7 +6,8 @@ key is missing, the default is the family's own in Hugging Face's transformers, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -76,23 +77,103 @@ def _rope(c: HfConfig) -> tuple[float, RopeScaling | None]:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return theta, None
-    if kind == "linear":
-        return theta, RopeScaling(kind="linear", factor=float(rope["factor"]))
-    if kind == "llama3":
-        return theta, RopeScaling(
-            kind="llama3",
-            factor=float(rope["factor"]),
-            low_freq_factor=float(rope["low_freq_factor"]),
-            high_freq_factor=float(rope["high_freq_factor"]),
-            original_context_length=int(rope["original_max_position_embeddings"]),
-        )
-    raise UnsupportedModelError(f"rope scaling {kind!r} is not supported; known are default, linear and llama3")
+    if kind not in _ROPE_SCALINGS:
+        known = ", ".join(["default", *_ROPE_SCALINGS])
+        raise UnsupportedModelError(f"rope scaling {kind!r} is not supported; known are {known}")
+    try:
+        return theta, _ROPE_SCALINGS[kind](c, rope)
+    except (TypeError, ValueError, OverflowError):
+        raise CheckpointError(f"config.json: the numbers of rope scaling {kind!r} are not all numbers") from None
 
 
-def _rotary_dim(c: HfConfig, head_dim: int, default: float = 1.0) -> int | None:
-    """ModelConfig's rotary_dim; `rotary_pct` is GPT-NeoX's older name of the fraction."""
+def _rope_number(rope: HfConfig, key: str) -> float:
+    value = float(rope[key]) if rope.get(key) is not None else 0.0
+    if not 0 < value < math.inf:
+        raise CheckpointError(f"config.json: rope scaling has {key} {rope.get(key)!r}; it must be a positive number")
+    return value
+
+
+def _original_context(c: HfConfig, rope: HfConfig) -> int:
+    """Tokens that the model was first trained on; beside the scaling's own numbers in Phi-3."""
+    stated = (c.get("original_max_position_embeddings"), rope.get("original_max_position_embeddings"))
+    return int(next((v for v in stated if v), None) or _need(c, "max_position_embeddings"))
+
+
+def _linear(c: HfConfig, rope: HfConfig) -> RopeScaling:
+    return RopeScaling(kind="linear", factor=_rope_number(rope, "factor"))
+
+
+def _llama3(c: HfConfig, rope: HfConfig) -> RopeScaling:
+    return RopeScaling(
+        kind="llama3",
+        factor=_rope_number(rope, "factor"),
+        low_freq_factor=_rope_number(rope, "low_freq_factor"),
+        high_freq_factor=_rope_number(rope, "high_freq_factor"),
+        original_context_length=int(_rope_number(rope, "original_max_position_embeddings")),
+    )
+
+
+def _extension(c: HfConfig, rope: HfConfig) -> float:
+    """By how much the context was lengthened: stated, or the ratio of the two lengths."""
+    if rope.get("factor") is not None:
+        return _rope_number(rope, "factor")
+    return float(_need(c, "max_position_embeddings")) / _original_context(c, rope)
+
+
+def _yarn(c: HfConfig, rope: HfConfig) -> RopeScaling:
+    factor = _extension(c, rope)
+
+    def scale(weight: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+    over, under = rope.get("mscale"), rope.get("mscale_all_dim")
+    attention = scale(over) / scale(under) if over and under else scale(1.0)
+    return RopeScaling(
+        kind="yarn",
+        factor=factor,
+        original_context_length=_original_context(c, rope),
+        beta_fast=float(rope.get("beta_fast") or 32),
+        beta_slow=float(rope.get("beta_slow") or 1),
+        truncate=bool(rope.get("truncate", True)),
+        attention_factor=_attention_factor(rope, attention),
+    )
+
+
+def _longrope(c: HfConfig, rope: HfConfig) -> RopeScaling:
+    """With the divisors for short texts; `_context_length` ends the context where the others would begin."""
+    original, factor = _original_context(c, rope), _extension(c, rope)
+    attention = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    return RopeScaling(
+        kind="longrope",
+        original_context_length=original,
+        divisors=tuple(_rope_number({"short_factor": v}, "short_factor") for v in rope.get("short_factor") or ()),
+        attention_factor=_attention_factor(rope, attention),
+    )
+
+
+def _attention_factor(rope: HfConfig, default: float) -> float:
+    return default if rope.get("attention_factor") is None else _rope_number(rope, "attention_factor")
+
+
+# Kinds whose frequencies do not change with the text's length ("dynamic" does). su is longrope's first name.
+_ROPE_SCALINGS: dict[str, Callable[[HfConfig, HfConfig], RopeScaling]] = {
+    "linear": _linear,
+    "llama3": _llama3,
+    "yarn": _yarn,
+    "longrope": _longrope,
+    "su": _longrope,
+}
+
+
+def _context_length(c: HfConfig, scaling: RopeScaling | None) -> int:
+    length = int(_need(c, "max_position_embeddings"))
+    return min(length, scaling.original_context_length) if scaling and scaling.kind == "longrope" else length
+
+
+def _rotary_dim(c: HfConfig, head_dim: int) -> int | None:
+    """ModelConfig's rotary_dim."""
     rope = c.get("rope_parameters") or {}
-    stated = (rope.get("partial_rotary_factor"), c.get("partial_rotary_factor"), c.get("rotary_pct"), default)
+    stated = (rope.get("partial_rotary_factor"), c.get("partial_rotary_factor"), 1.0)
     dim = int(head_dim * float(next(v for v in stated if v is not None)))
     return None if dim == head_dim else dim
 
@@ -118,19 +199,21 @@ def _shared_config(c: HfConfig, *handled: str) -> ModelConfig:
     _refuse(c, handled)
     theta, scaling = _rope(c)
     n_head, n_embd = int(_need(c, "num_attention_heads")), int(_need(c, "hidden_size"))
+    head_dim = int(c.get("head_dim") or n_embd // n_head)
     bias = bool(c.get("attention_bias", False))
     return ModelConfig(
         n_layer=int(_need(c, "num_hidden_layers")),
         n_head=n_head,
         n_kv_head=int(c.get("num_key_value_heads") or n_head),
         n_embd=n_embd,
-        head_dim=int(c.get("head_dim") or n_embd // n_head),
+        head_dim=head_dim,
         n_ff=int(_need(c, "intermediate_size")),
         vocab_size=int(_need(c, "vocab_size")),
-        context_length=int(_need(c, "max_position_embeddings")),
+        context_length=_context_length(c, scaling),
         norm_eps=float(c.get("rms_norm_eps", 1e-6)),
         rope_theta=theta,
         rope_scaling=scaling,
+        rotary_dim=_rotary_dim(c, head_dim),
         tie_embeddings=bool(c.get("tie_word_embeddings", False)),
         activation=_activation(c, "hidden_act"),
         qkv_bias=bias,
@@ -162,8 +245,11 @@ def mistral(c: HfConfig) -> ModelConfig:
 
 
 def phi3(c: HfConfig) -> ModelConfig:
-    config = _sliding_config({"rms_norm_eps": 1e-5, **c}, "partial_rotary_factor")
-    return replace(config, rotary_dim=_rotary_dim(c, config.head_dim))
+    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
+    if rope.get("rope_type", rope.get("type")) == "yarn":  # as its first files called longrope
+        c = {**c, "rope_parameters": {**rope, "rope_type": "longrope"}}
+    defaults = {"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096}
+    return _sliding_config({**defaults, **c}, "partial_rotary_factor")
 
 
 def _qwen_config(c: HfConfig) -> ModelConfig:
@@ -189,7 +275,11 @@ def olmo2(c: HfConfig) -> ModelConfig:
 
 
 def gpt_neox(c: HfConfig) -> ModelConfig:
-    renamed = {"rope_theta": c.get("rotary_emb_base"), "rms_norm_eps": c.get("layer_norm_eps", 1e-5)}
+    renamed = {
+        "rope_theta": c.get("rotary_emb_base"),
+        "rms_norm_eps": c.get("layer_norm_eps", 1e-5),
+        "partial_rotary_factor": c.get("partial_rotary_factor", c.get("rotary_pct", 0.25)),
+    }
     config = _shared_config(
         {"hidden_act": "gelu", "attention_bias": True, **c, **{k: v for k, v in renamed.items() if v is not None}},
         "attention_bias",
@@ -199,7 +289,6 @@ def gpt_neox(c: HfConfig) -> ModelConfig:
     return replace(
         config,
         n_kv_head=config.n_head,
-        rotary_dim=_rotary_dim(c, config.head_dim, 0.25),
         norm="layer",
         gated=False,
         mlp_bias=True,
@@ -230,7 +319,8 @@ def gemma3(c: HfConfig) -> ModelConfig:
     stated = c.get("rope_parameters") or {}
     if not set(stated) <= {_FULL, _SLIDING}:
         raise UnsupportedModelError("rope_parameters of gemma3_text must be given for each kind of layer")
-    theta, scaling = _rope({"rope_theta": c.get("rope_local_base_freq"), "rope_parameters": stated.get(_SLIDING)})
+    local = {"rope_theta": c.get("rope_local_base_freq"), "rope_scaling": None, "rope_parameters": stated.get(_SLIDING)}
+    theta, scaling = _rope({**c, **local})
     if scaling:
         raise UnsupportedModelError(f"rope scaling {scaling.kind!r} of {_SLIDING} layers is not supported")
     full = {"rope_theta": c.get("rope_theta") or 1e6, **(c.get("rope_scaling") or {}), **(stated.get(_FULL) or {})}

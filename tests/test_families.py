@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
-from gptedge.config import ModelConfig
+from gptedge.config import ModelConfig, rope_frequencies
 from gptedge.errors import CheckpointError, UnsupportedModelError, UsageError
 from gptedge.families import FAMILIES, family_of, hf_config, tensor_shapes
 
@@ -21,7 +22,7 @@ SHAPE: dict[str, Any] = {
     "max_position_embeddings": 200,
 }
 YARN = {"rope_type": "yarn", "factor": 4.0}
-LONGROPE = {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}
+DYNAMIC = {"type": "dynamic", "factor": 2.0}
 LINEAR = {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0}
 
 
@@ -56,10 +57,12 @@ REFUSED: list[tuple[str, str, dict[str, Any]]] = [
     ("use_bidirectional_attention", "GemmaForCausalLM", {"use_bidirectional_attention": True}),
     ("rope_parameters", "Gemma3ForCausalLM", {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}),
     ("sliding_attention", "Gemma3ForCausalLM", {"rope_parameters": {"sliding_attention": LINEAR}}),
-    ("yarn", "Gemma3ForCausalLM", {"rope_parameters": {"full_attention": YARN}}),
-    ("yarn", "GPTNeoXForCausalLM", {"rope_scaling": YARN}),
-    ("longrope", "Phi3ForCausalLM", {"rope_scaling": LONGROPE}),
-    ("longrope", "Phi3ForCausalLM", {"rope_parameters": {**LONGROPE, "rope_type": "longrope"}}),
+    ("yarn", "Gemma3ForCausalLM", {"rope_parameters": {"sliding_attention": YARN}}),
+    ("dynamic", "Gemma3ForCausalLM", {"rope_parameters": {"full_attention": DYNAMIC}}),
+    ("dynamic", "LlamaForCausalLM", {"rope_scaling": DYNAMIC}),
+    ("dynamic", "GPTNeoXForCausalLM", {"rope_scaling": DYNAMIC}),
+    ("'mrope'", "Qwen2ForCausalLM", {"rope_scaling": {"type": "mrope", "mrope_section": [1]}}),
+    ("proportional", "Qwen3ForCausalLM", {"rope_parameters": {"rope_type": "proportional"}}),
     ("'quick_gelu'", "GPTNeoXForCausalLM", {"hidden_act": "quick_gelu"}),
     ("Gemma3ForConditionalGeneration", "Gemma3ForConditionalGeneration", {}),
 ]
@@ -117,6 +120,105 @@ def test_gemma3_rope_in_the_older_format() -> None:
     assert everywhere.rope_of(0).rope_theta == 2e6
     silent = config_of("Gemma3ForCausalLM")
     assert (silent.rope_theta, silent.local_rope_theta) == (1e6, 1e4)
+
+
+ROPES: dict[str, dict[str, Any]] = {
+    "linear": {"rope_type": "linear", "factor": 3.0},
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.5,
+        "high_freq_factor": 3.0,
+        "original_max_position_embeddings": 100,
+    },
+    "yarn": YARN,
+    "yarn of published Qwen": {**YARN, "original_max_position_embeddings": 50},
+    "yarn, factor of one": {"rope_type": "yarn", "factor": 1.0},
+    "yarn, no factor": {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 40},
+    "yarn, every number": {
+        "rope_type": "yarn",
+        "factor": 7.0,
+        "beta_fast": 9.0,
+        "beta_slow": 0.5,
+        "truncate": False,
+        "mscale": 0.7,
+        "mscale_all_dim": 1.4,
+        "original_max_position_embeddings": 70,
+    },
+    "yarn, attention factor": {**YARN, "attention_factor": 0.9, "beta_fast": 4, "beta_slow": 4},
+    "yarn, one mscale": {**YARN, "mscale": 0.7},
+    "longrope": {
+        "rope_type": "longrope",
+        "short_factor": [1.0, 1.1, 1.3, 1.7, 2.0, 2.5, 3.0, 4.0],
+        "long_factor": [2.0] * 8,
+        "original_max_position_embeddings": 60,
+    },
+    "longrope, stated": {
+        "rope_type": "longrope",
+        "short_factor": [1.5] * 8,
+        "long_factor": [2.0] * 8,
+        "factor": 9.0,
+        "attention_factor": 1.25,
+        "original_max_position_embeddings": 60,
+    },
+}
+
+
+@pytest.mark.parametrize("name", ROPES)
+@pytest.mark.parametrize("theta", [300.0, 1e6])
+def test_rope_frequencies_are_those_of_transformers(name: str, theta: float) -> None:
+    import transformers
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope = {**ROPES[name], "rope_theta": theta}
+    peer = transformers.LlamaConfig(**SHAPE, rope_parameters=dict(rope))
+    expected, attention = ROPE_INIT_FUNCTIONS[rope["rope_type"]](peer, "cpu")
+    for spelled in ({"rope_parameters": rope}, {"rope_theta": theta, "rope_scaling": ROPES[name]}):
+        ours = config_of("LlamaForCausalLM", **spelled)
+        np.testing.assert_allclose(rope_frequencies(ours), expected.numpy(), rtol=1e-6)
+        assert ours.rope_attention_factor == pytest.approx(attention, rel=1e-9)
+
+
+def test_the_ropes_above_differ() -> None:
+    kinds = [tuple(rope_frequencies(config_of("LlamaForCausalLM", rope_scaling=r))) for r in ROPES.values()]
+    assert len(set(kinds)) >= len(kinds) - 3  # some differ in their attention factor alone
+
+
+def test_longrope_ends_the_context_where_its_factors_switch() -> None:
+    published = {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    long = {"max_position_embeddings": 6400}
+    for kind in ("longrope", "su", "yarn"):
+        config = config_of("Phi3ForCausalLM", **long, rope_scaling=published | {"type": kind})
+        assert config.context_length == 4096
+        assert config.rope_attention_factor == pytest.approx((1 + np.log(6400 / 4096) / np.log(4096)) ** 0.5)
+    stated = config_of("Phi3ForCausalLM", **long, rope_scaling=published, original_max_position_embeddings=100)
+    assert stated.context_length == 100
+    short = config_of("Phi3ForCausalLM", rope_scaling=published)
+    assert (short.context_length, short.rope_attention_factor) == (200, 1.0)
+
+
+BROKEN_ROPES: list[tuple[str, dict[str, Any]]] = [
+    ("factor", {"rope_type": "linear"}),
+    ("factor", {"rope_type": "linear", "factor": "-2"}),
+    ("factor", {"rope_type": "llama3", "factor": float("nan")}),
+    ("'linear'", {"rope_type": "linear", "factor": "two"}),
+    ("'llama3'", {"rope_type": "llama3", "factor": [1]}),
+    ("'yarn'", {"rope_type": "yarn", "factor": 2.0, "beta_fast": "x"}),
+    ("short_factor", {"rope_type": "longrope", "short_factor": [1.0, 0.0], "factor": 2.0}),
+]
+
+
+@pytest.mark.parametrize(("word", "rope"), BROKEN_ROPES)
+def test_broken_rope_scalings_are_one_line(word: str, rope: dict[str, Any]) -> None:
+    with pytest.raises(CheckpointError, match=word) as caught:
+        config_of("LlamaForCausalLM", rope_scaling=rope)
+    assert "\n" not in str(caught.value)
+
+
+def test_longrope_needs_a_divisor_for_each_frequency() -> None:
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 7, "factor": 2.0}
+    with pytest.raises(UsageError, match="7 divisors"):
+        config_of("LlamaForCausalLM", rope_scaling=rope)
 
 
 def test_gpt_neox_rope_in_the_older_format() -> None:

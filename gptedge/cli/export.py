@@ -40,5 +40,8 @@ def command(
     emit(
         value,
         as_json=as_json,
-        lines=[f"{out}: {result.family}, {result.size_mb:g} MB in {result.seconds:g} s; {checked}"],
+        lines=[
+            f"{out}: {result.family}, context of {result.context_length} tokens, "
+            f"{result.size_mb:g} MB in {result.seconds:g} s; {checked}"
+        ],
     )

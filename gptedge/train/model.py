@@ -222,7 +222,8 @@ def rope_tables(c: ModelConfig, positions: Tensor) -> Rope:
     """Rotations of these positions, computed in float64: 0.2 ms for 512, so no table is kept."""
     frequencies = torch.tensor(rope_frequencies(c), dtype=torch.float64, device=positions.device)
     angles = torch.outer(positions.double(), frequencies)  # [T, R / 2]
-    return angles.cos().float(), angles.sin().float()
+    factor = c.rope_attention_factor
+    return (angles.cos() * factor).float(), (angles.sin() * factor).float()
 
 
 # ---- parameters: modules that hold them under their names, and compute nothing ---------------------------------------

@@ -42,6 +42,20 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 3000.0,
+    "factor": 6.0,
+    "beta_fast": 8.0,
+    "original_max_position_embeddings": 33,
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 3000.0,
+    "short_factor": [1.0, 1.1, 1.3, 1.7, 2.0, 2.5, 3.0, 4.0],
+    "long_factor": [7.0] * 8,
+    "attention_factor": 1.2,
+}
 # name -> (transformers' configuration class, its settings)
 MODELS: dict[str, tuple[Callable[..., transformers.PreTrainedConfig], dict[str, object]]] = {
     "llama": (transformers.LlamaConfig, {**SHAPE, "head_dim": 16, "tie_word_embeddings": True}),
@@ -53,6 +67,40 @@ MODELS: dict[str, tuple[Callable[..., transformers.PreTrainedConfig], dict[str, 
     "linear rope": (
         transformers.LlamaConfig,
         {**SHAPE, "head_dim": 16, "rope_parameters": {"rope_type": "linear", "rope_theta": 3000.0, "factor": 3.0}},
+    ),
+    "yarn": (transformers.LlamaConfig, {**SHAPE, "head_dim": 16, "rope_parameters": YARN}),
+    "yarn in gemma3's full layers": (
+        transformers.Gemma3TextConfig,
+        {
+            **SHAPE,
+            **PAD,
+            "head_dim": 32,
+            "sliding_window": 23,
+            "sliding_window_pattern": 2,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+                "full_attention": YARN,
+            },
+        },
+    ),
+    "longrope": (
+        transformers.Phi3Config,
+        {**SHAPE, **PAD, "hidden_size": 96, "original_max_position_embeddings": 170, "rope_parameters": LONGROPE},
+    ),
+    "longrope in a quarter of the head": (
+        transformers.Phi3Config,
+        {
+            **SHAPE,
+            **PAD,
+            "hidden_size": 192,
+            "original_max_position_embeddings": 170,
+            "rope_parameters": {
+                **LONGROPE,
+                "short_factor": [1.0, 1.2, 1.5, 2.0],
+                "long_factor": [7.0] * 4,
+                "partial_rotary_factor": 0.25,
+            },
+        },
     ),
     "mistral": (transformers.MistralConfig, {**SHAPE, "head_dim": 32, "sliding_window": None}),
     "mistral, window": (transformers.MistralConfig, {**SHAPE, "head_dim": 32, "sliding_window": 21}),
