@@ -70,24 +70,28 @@ def run_stages(path: Path, ids: Sequence[int], sizes: Sequence[int], *, threads:
 def cut(model: onnx.ModelProto) -> list[Stage]:
     """The stages, in order: what comes before the first KV cache, then what comes after each layer's.
 
-    Nodes that need neither weights nor a cache (masks, lengths, rotary tables) are repeated wherever they are used. A
-    graph with branches or loops, whose bodies may use any value, is one stage.
+    Nodes that need no cache, and not both weights and inputs (masks, lengths, rotary tables, weights that are widened),
+    are repeated wherever they are used. A graph with branches or loops, whose bodies may use any value, is one stage.
     """
     graph = model.graph
     if any(a.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS) for n in graph.node for a in n.attribute):
         return _with_edges(graph, [Stage(list(graph.node))])
     layers = sum(i.name.startswith(PAST_PREFIX) for i in graph.input) // 2
     depth = {name(i): i + 1 for i in range(layers) for name in (past_key, past_value)}
-    heavy = {i.name for i in graph.initializer if i.data_location == TensorProto.EXTERNAL} | set(depth)
+    weighted = {i.name for i in graph.initializer if i.data_location == TensorProto.EXTERNAL}
+    fed = {i.name for i in graph.input} - {i.name for i in graph.initializer}
     stages = [Stage([]) for _ in range(layers + 1)]
     producers: dict[str, onnx.NodeProto] = {}
     for node in graph.node:
-        at = max((depth.get(name, 0) for name in node.input), default=0)
-        if heavy.isdisjoint(node.input):
-            producers |= dict.fromkeys(filter(None, node.output), node)
+        outputs = [name for name in node.output if name]
+        for kind in (weighted, fed):
+            if not kind.isdisjoint(node.input):
+                kind.update(outputs)
+        if depth.keys().isdisjoint(node.input) and not (outputs[0] in weighted and outputs[0] in fed):
+            producers |= dict.fromkeys(outputs, node)
             continue
-        heavy.update(filter(None, node.output))
-        depth |= dict.fromkeys(filter(None, node.output), at)
+        at = max((depth.get(name, 0) for name in node.input), default=0)
+        depth |= dict.fromkeys(outputs, at)
         stages[at].nodes.append(node)
     for stage in stages:
         stage.nodes = _ancestors(stage.nodes, producers) + stage.nodes

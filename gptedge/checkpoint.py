@@ -42,6 +42,8 @@ class Checkpoint:
     """By the publisher's names."""
     side_files: Mapping[str, bytes] = field(default_factory=dict)
     """Contents of those of SIDE_FILES that there are."""
+    is_gguf: bool = False
+    """Tensors have llama.cpp's names rather than the publisher's own."""
 
     @property
     def family(self) -> Family:
@@ -53,7 +55,9 @@ class Checkpoint:
 
     def weights(self) -> dict[str, Tensor]:
         """Tensors by gptedge's names (see `families`). Raises CheckpointError for missing, misshapen or unused ones."""
-        return source_tensors(self.family, self.config, self.tensors, str(self.path))
+        naming = self.family.gguf if self.is_gguf else self.family.files
+        assert naming is not None, "only families that llama.cpp has are opened from its files"
+        return source_tensors(naming, self.config, self.tensors, str(self.path))
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

@@ -14,31 +14,18 @@ and .bias beside a .weight where the family has one. A new family is a new row, 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 
 from gptedge import family_configs as configs
+from gptedge import tensor_names as names
 from gptedge.config import ModelConfig
 from gptedge.errors import CheckpointError, UnsupportedModelError
 from gptedge.family_configs import HfConfig
 from gptedge.safetensors import FloatArray, Tensor
-
-
-@dataclass(frozen=True)
-class Part:
-    """Where a tensor lies in the publisher's files."""
-
-    name: str
-    rows: str = ""
-    """The part of a fused matrix's output rows: q, k or v of one qkv, gate or up of one; empty is all of them."""
-    per_head: bool = False
-    """The fused parts alternate head by head: q, k and v of the first head, then of the second (GPT-NeoX)."""
-    transpose: bool = False
-    """Stored as [in, out] (GPT-2's Conv1D)."""
-    plus: float = 0.0
-    """Added to what is stored; with no name, nothing is, and this is all."""
+from gptedge.tensor_names import Naming, Part
 
 
 @dataclass(frozen=True)
@@ -47,154 +34,44 @@ class Family:
     architectures: tuple[str, ...]
     """Values of `architectures` in config.json."""
     config: Callable[[HfConfig], ModelConfig]
-    parts: Mapping[str, Part]
-    """gptedge's name, with {i} for the layer -> where it is stored."""
-    prefixes: tuple[str, ...] = ("",)
-    """Prefixes some publishers put before, or leave out of, every name."""
-    ignored: tuple[str, ...] = ()
-    """Endings of stored tensors that are not weights (buffers)."""
+    files: Naming
+    """Names in the publisher's own files."""
+    gguf: Naming | None = None
+    """Names in GGUF files; None where llama.cpp does not have the family."""
 
-
-# ---- names ---------------------------------------------------------------------------------------------------------
-
-
-def _both(table: Mapping[str, Part]) -> dict[str, Part]:
-    """Weights and biases of the same modules."""
-    return {
-        f"{ours}.{kind}": replace(part, name=f"{part.name}.{kind}")
-        for kind in ("weight", "bias")
-        for ours, part in table.items()
-    }
-
-
-_LLAMA_PARTS = _both(
-    {
-        "embed": Part("model.embed_tokens"),
-        "blocks.{i}.attn_norm": Part("model.layers.{i}.input_layernorm"),
-        "blocks.{i}.attn.q": Part("model.layers.{i}.self_attn.q_proj"),
-        "blocks.{i}.attn.k": Part("model.layers.{i}.self_attn.k_proj"),
-        "blocks.{i}.attn.v": Part("model.layers.{i}.self_attn.v_proj"),
-        "blocks.{i}.attn.q_norm": Part("model.layers.{i}.self_attn.q_norm"),
-        "blocks.{i}.attn.k_norm": Part("model.layers.{i}.self_attn.k_norm"),
-        "blocks.{i}.attn.o": Part("model.layers.{i}.self_attn.o_proj"),
-        "blocks.{i}.mlp_norm": Part("model.layers.{i}.post_attention_layernorm"),
-        "blocks.{i}.mlp.gate": Part("model.layers.{i}.mlp.gate_proj"),
-        "blocks.{i}.mlp.up": Part("model.layers.{i}.mlp.up_proj"),
-        "blocks.{i}.mlp.down": Part("model.layers.{i}.mlp.down_proj"),
-        "norm": Part("model.norm"),
-        "head": Part("lm_head"),
-    }
-)
-
-_FUSED_LLAMA_PARTS = _LLAMA_PARTS | _both(
-    {
-        **{f"blocks.{{i}}.attn.{x}": Part("model.layers.{i}.self_attn.qkv_proj", rows=x) for x in ("q", "k", "v")},
-        **{f"blocks.{{i}}.mlp.{x}": Part("model.layers.{i}.mlp.gate_up_proj", rows=x) for x in ("gate", "up")},
-    }
-)
-
-_POST_NORMS = _both(
-    {
-        "blocks.{i}.attn_post_norm": Part("model.layers.{i}.post_attention_layernorm"),
-        "blocks.{i}.mlp_post_norm": Part("model.layers.{i}.post_feedforward_layernorm"),
-    }
-)
-
-_GAINS = [name for name in _LLAMA_PARTS | _POST_NORMS if name.endswith("norm.weight")]
-
-
-def _one_more(table: Mapping[str, Part]) -> dict[str, Part]:
-    """Gemma's norms are stored as the gain less one."""
-    return {ours: replace(part, plus=1.0) if ours in _GAINS else part for ours, part in table.items()}
-
-
-_GEMMA_PARTS = _one_more(_LLAMA_PARTS)
-_GEMMA2_PARTS = _one_more(
-    _LLAMA_PARTS | _POST_NORMS | _both({"blocks.{i}.mlp_norm": Part("model.layers.{i}.pre_feedforward_layernorm")})
-)
-
-_NANOCHAT_PARTS = {
-    **_LLAMA_PARTS,
-    **dict.fromkeys(["embed_norm.weight", *_GAINS], Part("", plus=1.0)),
-    **_both(
-        {
-            "blocks.{i}.mlp.up": Part("model.layers.{i}.mlp.fc1"),
-            "blocks.{i}.mlp.down": Part("model.layers.{i}.mlp.fc2"),
-        }
-    ),
-}
-
-_GPT_NEOX_PARTS = _both(
-    {
-        "embed": Part("gpt_neox.embed_in"),
-        "blocks.{i}.attn_norm": Part("gpt_neox.layers.{i}.input_layernorm"),
-        **{
-            f"blocks.{{i}}.attn.{x}": Part("gpt_neox.layers.{i}.attention.query_key_value", rows=x, per_head=True)
-            for x in ("q", "k", "v")
-        },
-        "blocks.{i}.attn.o": Part("gpt_neox.layers.{i}.attention.dense"),
-        "blocks.{i}.mlp_norm": Part("gpt_neox.layers.{i}.post_attention_layernorm"),
-        "blocks.{i}.mlp.up": Part("gpt_neox.layers.{i}.mlp.dense_h_to_4h"),
-        "blocks.{i}.mlp.down": Part("gpt_neox.layers.{i}.mlp.dense_4h_to_h"),
-        "norm": Part("gpt_neox.final_layer_norm"),
-        "head": Part("embed_out"),
-    }
-)
-
-_GPT2_PARTS = _both(
-    {
-        "embed": Part("wte"),
-        "position": Part("wpe"),
-        "blocks.{i}.attn_norm": Part("h.{i}.ln_1"),
-        "blocks.{i}.attn.q": Part("h.{i}.attn.c_attn", rows="q", transpose=True),
-        "blocks.{i}.attn.k": Part("h.{i}.attn.c_attn", rows="k", transpose=True),
-        "blocks.{i}.attn.v": Part("h.{i}.attn.c_attn", rows="v", transpose=True),
-        "blocks.{i}.attn.o": Part("h.{i}.attn.c_proj", transpose=True),
-        "blocks.{i}.mlp_norm": Part("h.{i}.ln_2"),
-        "blocks.{i}.mlp.up": Part("h.{i}.mlp.c_fc", transpose=True),
-        "blocks.{i}.mlp.down": Part("h.{i}.mlp.c_proj", transpose=True),
-        "norm": Part("ln_f"),
-        "head": Part("lm_head"),
-    }
-)
-
-# The same modules, with torch's linear layers in the place of Conv1D.
-_NANOGPT_PARTS = {ours: replace(part, transpose=False) for ours, part in _GPT2_PARTS.items()}
 
 FAMILIES: tuple[Family, ...] = (
-    Family("llama", ("LlamaForCausalLM",), configs.llama, _LLAMA_PARTS, ignored=(".rotary_emb.inv_freq",)),
-    Family("mistral", ("MistralForCausalLM",), configs.mistral, _LLAMA_PARTS),
-    Family("qwen2", ("Qwen2ForCausalLM",), configs.qwen2, _LLAMA_PARTS),
-    Family("qwen3", ("Qwen3ForCausalLM",), configs.qwen3, _LLAMA_PARTS),
-    Family("phi3", ("Phi3ForCausalLM",), configs.phi3, _FUSED_LLAMA_PARTS),
-    Family("olmo2", ("Olmo2ForCausalLM",), configs.olmo2, _LLAMA_PARTS | _POST_NORMS),
+    Family(
+        "llama",
+        ("LlamaForCausalLM",),
+        configs.llama,
+        Naming(names.LLAMA, ignored=(".rotary_emb.inv_freq",)),
+        names.GGUF_LLAMA,
+    ),
+    Family("mistral", ("MistralForCausalLM",), configs.mistral, Naming(names.LLAMA), names.GGUF_LLAMA),
+    Family("qwen2", ("Qwen2ForCausalLM",), configs.qwen2, Naming(names.LLAMA), names.GGUF),
+    Family("qwen3", ("Qwen3ForCausalLM",), configs.qwen3, Naming(names.LLAMA), names.GGUF),
+    Family("phi3", ("Phi3ForCausalLM",), configs.phi3, Naming(names.PHI3), names.GGUF_PHI3),
+    Family("olmo2", ("Olmo2ForCausalLM",), configs.olmo2, Naming(names.LLAMA | names.POST_NORMS), names.GGUF),
     Family(
         "gpt_neox",
         ("GPTNeoXForCausalLM",),
         configs.gpt_neox,
-        _GPT_NEOX_PARTS,
-        ignored=(".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq"),
+        Naming(names.GPT_NEOX, ignored=(".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq")),
+        names.GGUF_FUSED_QKV,
     ),
-    Family("gemma", ("GemmaForCausalLM",), configs.gemma, _GEMMA_PARTS),
-    Family("gemma2", ("Gemma2ForCausalLM",), configs.gemma2, _GEMMA2_PARTS),
-    Family("gemma3_text", ("Gemma3ForCausalLM",), configs.gemma3, _GEMMA2_PARTS),
-    Family("nanochat", ("NanoChatForCausalLM",), configs.nanochat, _NANOCHAT_PARTS),
+    Family("gemma", ("GemmaForCausalLM",), configs.gemma, Naming(names.GEMMA), names.GGUF),
+    Family("gemma2", ("Gemma2ForCausalLM",), configs.gemma2, Naming(names.GEMMA2), names.GGUF),
+    Family("gemma3_text", ("Gemma3ForCausalLM",), configs.gemma3, Naming(names.GEMMA2), names.GGUF),
+    Family("nanochat", ("NanoChatForCausalLM",), configs.nanochat, Naming(names.NANOCHAT)),
     Family(
         "gpt2",
         ("GPT2LMHeadModel", "GPT2Model"),
         configs.gpt2,
-        _GPT2_PARTS,
-        prefixes=("transformer.", ""),
-        ignored=(".attn.bias", ".attn.masked_bias"),
+        Naming(names.GPT2, ("transformer.", ""), (".attn.bias", ".attn.masked_bias")),
+        names.GGUF_FUSED_QKV,
     ),
-    Family(
-        "nanogpt",
-        ("NanoGPT",),
-        configs.gpt2,
-        _NANOGPT_PARTS,
-        prefixes=("transformer.", ""),
-        ignored=(".attn.bias",),
-    ),
+    Family("nanogpt", ("NanoGPT",), configs.gpt2, Naming(names.NANOGPT, ("transformer.", ""), (".attn.bias",))),
 )
 
 
@@ -262,42 +139,42 @@ def tensor_shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def source_tensors(family: Family, config: ModelConfig, stored: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+def source_tensors(naming: Naming, config: ModelConfig, stored: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
     """A publisher's tensors by gptedge's names. Raises CheckpointError naming any missing, misshapen or unused one."""
     used: set[str] = set()
     found: dict[str, Tensor] = {}
     for name, shape in tensor_shapes(config).items():
-        part, layer = _part_of(family, name)
+        part, layer = _part_of(naming, name)
         if not part.name:
             found[name] = _constant(shape, part.plus)
             continue
-        stored_name = _find(family, part.name.format(i=layer), stored, name, where)
+        stored_name = _find(naming, part.name.format(i=layer), stored, name, where)
         used.add(stored_name)
         found[name] = _view(stored[stored_name], part, config, shape, f"{where}: {stored_name}")
     spare = [
         n
         for n in stored
-        if n not in used and not n.endswith(family.ignored or ("\0",)) and not _is_tied_head(n, config)
+        if n not in used and not n.endswith(naming.ignored or ("\0",)) and not _is_tied_head(n, naming, config)
     ]
     if spare:
         raise CheckpointError(
-            f"{where} has {len(spare)} tensors that {family.name} does not use, the first of them {sorted(spare)[0]}"
+            f"{where} has {len(spare)} tensors that the model does not use, the first of them {sorted(spare)[0]}"
         )
     return found
 
 
-def _part_of(family: Family, name: str) -> tuple[Part, str]:
+def _part_of(naming: Naming, name: str) -> tuple[Part, str]:
     pieces = name.split(".")
     layer = pieces[1] if pieces[0] == "blocks" else ""
     key = ".".join(["blocks", "{i}", *pieces[2:]]) if layer else name
-    return family.parts[key], layer
+    return naming.parts[key], layer
 
 
-def _find(family: Family, name: str, stored: Mapping[str, Tensor], ours: str, where: str) -> str:
-    for prefix in family.prefixes:
+def _find(naming: Naming, name: str, stored: Mapping[str, Tensor], ours: str, where: str) -> str:
+    for prefix in naming.prefixes:
         if prefix + name in stored:
             return prefix + name
-    raise CheckpointError(f"{where} has no tensor {family.prefixes[0]}{name} ({ours})")
+    raise CheckpointError(f"{where} has no tensor {naming.prefixes[0]}{name} ({ours})")
 
 
 def _constant(shape: tuple[int, ...], value: float) -> Tensor:
@@ -321,8 +198,10 @@ def _view(tensor: Tensor, part: Part, c: ModelConfig, shape: tuple[int, ...], wh
     expected = full[::-1] if part.transpose else full
     if tensor.shape != expected:
         raise CheckpointError(f"{what} has the shape {list(tensor.shape)}; config.json implies {list(expected)}")
-    if not part.rows and not part.transpose and not part.plus:
+    if part == Part(part.name):
         return tensor
+    if part.paired:
+        return _unpaired(tensor, shape, c.head_dim)
     if not part.transpose and not part.per_head:
         return _rows_of(tensor, first, shape, np.float32(part.plus))
     heads = c.n_head if part.per_head else 1
@@ -333,6 +212,16 @@ def _view(tensor: Tensor, part: Part, c: ModelConfig, shape: tuple[int, ...], wh
         each = array.reshape(heads, total // heads, *shape[1:])[:, first // heads : (first + count) // heads]
         rows = np.ascontiguousarray(each).reshape(shape)
         return rows + np.float32(part.plus) if part.plus else rows
+
+    return Tensor(shape, tensor.dtype, read)
+
+
+def _unpaired(tensor: Tensor, shape: tuple[int, ...], head_dim: int) -> Tensor:
+    """Each head's rows from pairs side by side, (head_dim / 2, 2), to first halves and second halves."""
+
+    def read() -> FloatArray:
+        paired = tensor.read().reshape(-1, head_dim // 2, 2, *shape[1:])  # [H | K, E / 2, 2, …]
+        return np.ascontiguousarray(paired.swapaxes(1, 2)).reshape(shape)
 
     return Tensor(shape, tensor.dtype, read)
 
@@ -348,8 +237,8 @@ def _rows_of(tensor: Tensor, first: int, shape: tuple[int, ...], plus: np.float3
     return Tensor(shape, tensor.dtype, lambda: read_rows(0, shape[0]), read_rows)
 
 
-def _is_tied_head(name: str, config: ModelConfig) -> bool:
-    return config.tie_embeddings and name.endswith(("lm_head.weight", "embed_out.weight"))
+def _is_tied_head(name: str, naming: Naming, config: ModelConfig) -> bool:
+    return config.tie_embeddings and name.endswith(naming.parts["head.weight"].name)
 
 
 # ---- writing: gptedge's own checkpoints are Llama's ----------------------------------------------------------------
@@ -357,7 +246,7 @@ def _is_tied_head(name: str, config: ModelConfig) -> bool:
 
 def checkpoint_name(name: str) -> str:
     """The name Llama's checkpoints give to one of our tensors."""
-    part, layer = _part_of(FAMILIES[0], name)
+    part, layer = _part_of(FAMILIES[0].files, name)
     return part.name.format(i=layer)
 
 

@@ -14,6 +14,7 @@ import transformers
 from gptedge.bundle import open_bundle
 from gptedge.checkpoint import TOKENIZER, open_checkpoint
 from gptedge.export.exporter import export
+from gptedge.families import FAMILIES, family_of
 from gptedge.quantize.quantizer import quantize
 from gptedge.runtime.session import Session
 from gptedge.train.model import GPT, Cache
@@ -270,6 +271,11 @@ def test_pytorch_gpt_with_its_cache(pair: tuple[torch.nn.Module, Path, Path]) ->
     with torch.no_grad():
         rows = [gpt(torch.tensor([chunk]), cache)[0].numpy() for chunk in (ids[:41], ids[41:42], ids[42:])]
     assert_close(np.concatenate(rows), logits_of(model, ids))
+
+
+def test_every_family_is_among_the_models_above() -> None:
+    made = {family_of(make(**settings).to_dict() | {"architectures": None}).name for make, settings in MODELS.values()}
+    assert made == {family.name for family in FAMILIES} - {"nanogpt"}  # which has a test of its own, in test_sources
 
 
 def test_last_row_alone_is_the_last_of_all(pair: tuple[torch.nn.Module, Path, Path]) -> None:

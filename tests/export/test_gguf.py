@@ -20,6 +20,7 @@ from gptedge.errors import CheckpointError, GptEdgeError, UnsupportedModelError
 from gptedge.export.sources import gguf_container, open_source
 from gptedge.export.sources.gguf_file import open_gguf
 from gptedge.export.sources.gguf_tokenizer import read_tokenizer
+from gptedge.families import checkpoint_name
 
 Q = gguf.GGMLQuantizationType
 Arrays = dict[str, np.ndarray]
@@ -170,11 +171,11 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Arrays]:
 def test_llama_weights_come_back_exactly(llama: tuple[Path, Arrays]) -> None:
     path, weights = llama
     checkpoint = open_gguf(path)
-    assert set(checkpoint.tensors) == set(weights)
+    got = {checkpoint_name(name): tensor for name, tensor in checkpoint.weights().items()}
+    assert set(got) == set(weights)
     for name, array in weights.items():
-        assert checkpoint.tensors[name].shape == array.shape
-        np.testing.assert_array_equal(checkpoint.tensors[name].read(), array, err_msg=name)
-    assert len(checkpoint.weights()) == len(weights)
+        assert got[name].shape == array.shape
+        np.testing.assert_array_equal(got[name].read(), array, err_msg=name)
 
 
 def test_llama_config(llama: tuple[Path, Arrays]) -> None:
@@ -189,6 +190,7 @@ def test_llama_config(llama: tuple[Path, Arrays]) -> None:
         "num_attention_heads": HEADS,
         "num_key_value_heads": KV_HEADS,
         "head_dim": HEAD_DIM,
+        "partial_rotary_factor": 1.0,
         "max_position_embeddings": 64,
         "rms_norm_eps": 1e-5,
         "rope_theta": 50000.0,
@@ -220,8 +222,8 @@ def test_qwen2_is_not_interleaved_and_has_biases(tmp_path: Path) -> None:
     assert checkpoint.hf_config["vocab_size"] == 17
     assert checkpoint.side_files == {}
     for name in ("q_proj.weight", "k_proj.weight", "q_proj.bias"):
-        full = f"model.layers.1.self_attn.{name}"
-        np.testing.assert_array_equal(checkpoint.tensors[full].read(), weights[full])
+        ours = f"blocks.1.attn.{name.replace('_proj', '')}"
+        np.testing.assert_array_equal(checkpoint.weights()[ours].read(), weights[f"model.layers.1.self_attn.{name}"])
     assert "blocks.0.attn.q.bias" in checkpoint.weights()
 
 
@@ -276,7 +278,6 @@ def test_gpt2_matrices_are_transposed(tmp_path: Path) -> None:
         ours["blocks.1.attn.k.weight"].read(), stored["blk.1.attn_qkv.weight"][WIDTH : 2 * WIDTH]
     )
     np.testing.assert_array_equal(ours["blocks.0.mlp.down.weight"].read(), stored["blk.0.ffn_down.weight"])
-    assert checkpoint.tensors["transformer.h.0.mlp.c_fc.weight"].shape == (WIDTH, 96)
     assert checkpoint.config.activation == "gelu_tanh"
 
 
@@ -381,16 +382,6 @@ def test_linear_scaling(tmp_path: Path) -> None:
     assert (scaling.kind, scaling.factor) == ("linear", 4.0)
 
 
-def test_yarn_is_refused_by_name(tmp_path: Path) -> None:
-    def keys(w: gguf.GGUFWriter) -> None:
-        w.add_rope_scaling_type(gguf.RopeScalingType.YARN)
-        w.add_rope_scaling_factor(4.0)
-
-    tiny_llama(tmp_path / "m.gguf", keys=keys)
-    with pytest.raises(UnsupportedModelError, match="yarn"):
-        _ = open_gguf(tmp_path / "m.gguf").config
-
-
 def llama3_factors(factor: float, head_dim: int, theta: float) -> np.ndarray:
     """Divisors of the frequencies as Llama 3.1 was published: 1 below, `factor` above, blended between."""
     out = []
@@ -425,7 +416,7 @@ def test_llama3_scaling_is_recognised(tmp_path: Path, factor: float) -> None:
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }
-    assert len(checkpoint.weights()) == len(checkpoint.tensors)
+    assert len(checkpoint.weights()) == len(checkpoint.tensors) - 1
 
 
 def test_rotary_factors_of_one_are_no_scaling(tmp_path: Path) -> None:
@@ -452,7 +443,7 @@ def test_unknown_architecture(tmp_path: Path) -> None:
 REFUSED = [
     ("llama.expert_count", lambda w, k: w.add_uint32(k, 8)),
     ("llama.attention.scale", lambda w, k: w.add_float32(k, 0.5)),
-    ("llama.rope.dimension_count", lambda w, k: w.add_uint32(k, 4)),
+    ("partial_rotary_factor", lambda w, k: w.add_rope_dimension_count(4)),
     ("llama.attention.value_length", lambda w, k: w.add_uint32(k, 4)),
     ("llama.final_logit_softcapping", lambda w, k: w.add_float32(k, 30.0)),
 ]
@@ -462,7 +453,7 @@ REFUSED = [
 def test_features_that_change_the_model(tmp_path: Path, key: str, add: Callable[[Any, str], None]) -> None:
     tiny_llama(tmp_path / "m.gguf", keys=lambda w: add(w, key))
     with pytest.raises(UnsupportedModelError, match=key):
-        open_gguf(tmp_path / "m.gguf")
+        _ = open_gguf(tmp_path / "m.gguf").config
 
 
 def test_split_files(tmp_path: Path) -> None:
@@ -473,8 +464,8 @@ def test_split_files(tmp_path: Path) -> None:
 
 def test_a_tensor_that_the_architecture_does_not_have(tmp_path: Path) -> None:
     tiny_llama(tmp_path / "m.gguf", keys=lambda w: w.add_tensor("blk.0.attn_sinks.weight", np.ones(3, np.float32)))
-    with pytest.raises(UnsupportedModelError, match=r"blk\.0\.attn_sinks\.weight"):
-        open_gguf(tmp_path / "m.gguf")
+    with pytest.raises(CheckpointError, match=r"blk\.0\.attn_sinks\.weight"):
+        open_gguf(tmp_path / "m.gguf").weights()
 
 
 def test_layers_that_differ(tmp_path: Path) -> None:

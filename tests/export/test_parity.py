@@ -16,6 +16,7 @@ import pytest
 from gptedge.bundle import GRAPH, GRAPH_DATA, open_bundle
 from gptedge.checkpoint import open_checkpoint
 from gptedge.errors import BundleError, ParityError
+from gptedge.export.exporter import export
 from gptedge.export.parity import STAGE_SIZES, Parity, check, compare, compare_stages
 from gptedge.export.reference import Reference
 from gptedge.export.stages import cut, run_stages
@@ -52,6 +53,15 @@ def test_stages_compute_what_the_session_computes(tiny_bundle: Path) -> None:
     for sizes in ([30], [1] * 30, [17, 1, 11, 1]):
         got = run_stages(tiny_bundle / GRAPH, ids, sizes, threads=1)
         np.testing.assert_allclose(got, expected, atol=1e-5 * expected.std())
+
+
+def test_weights_stored_as_halves_are_widened_where_they_are_used(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    export(tiny_checkpoint, tmp_path / "fp16", dtype="fp16")
+    stages = cut(load_graph(tmp_path / "fp16" / GRAPH))
+    wide = [[n.name for n in s.nodes if n.op_type == "Cast" and n.name.endswith("weight")] for s in stages]
+    assert wide[0] == ["embed.weight", "blocks.0.attn.qkv.weight"]
+    assert all(name.startswith("blocks.1") or ".0." in name for name in wide[1])
+    assert not any(name.endswith("weight") for s in stages for name in s.inputs)
 
 
 def test_every_position_is_compared(tiny_bundle: Path, tiny_checkpoint: Path) -> None:

@@ -7,7 +7,6 @@ import os
 import pickle
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,17 @@ import gguf
 import numpy as np
 import pytest
 import torch
+import transformers
 
-from gptedge import families, safetensors
+from gptedge import safetensors
+from gptedge.bundle import open_bundle
 from gptedge.errors import CheckpointError, UnsupportedModelError
+from gptedge.export.exporter import export
 from gptedge.export.sources import open_source
 from gptedge.export.sources.nanogpt import open_nanogpt
+from gptedge.runtime.session import Session
+from gptedge.train.model import GPT
+from tests.conftest import make_tokenizer
 
 
 def small_gguf(path: Path) -> Path:
@@ -138,20 +143,8 @@ def content_of(state: dict[str, torch.Tensor], *, bias: bool) -> dict[str, Any]:
     }
 
 
-@pytest.fixture
-def nanogpt_family(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The row, where the table has none yet."""
-    if any(f.name == "nanogpt" for f in families.FAMILIES):
-        return
-    gpt2 = next(f for f in families.FAMILIES if f.name == "gpt2")
-    parts = {ours: replace(part, transpose=False) for ours, part in gpt2.parts.items()}
-    row = replace(gpt2, name="nanogpt", architectures=("NanoGPT",), parts=parts)
-    monkeypatch.setattr(families, "FAMILIES", (*families.FAMILIES, row))
-
-
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("prefix", ["", "_orig_mod."])
-@pytest.mark.usefixtures("nanogpt_family")
 def test_nanogpt_weights(tmp_path: Path, bias: bool, prefix: str) -> None:
     state = state_of(bias=bias)
     torch.save(content_of(state_of(bias=bias, prefix=prefix), bias=bias), tmp_path / "ckpt.pt")
@@ -166,7 +159,6 @@ def test_nanogpt_weights(tmp_path: Path, bias: bool, prefix: str) -> None:
     assert checkpoint.side_files == {}
 
 
-@pytest.mark.usefixtures("nanogpt_family")
 def test_nanogpt_config(tmp_path: Path) -> None:
     torch.save(content_of(state_of(bias=False), bias=False), tmp_path / "ckpt.pt")
     config = open_nanogpt(tmp_path / "ckpt.pt").config
@@ -174,6 +166,34 @@ def test_nanogpt_config(tmp_path: Path) -> None:
     assert (config.vocab_size, config.context_length) == (VOCAB, CONTEXT)
     assert (config.activation, config.norm, config.position) == ("gelu", "layer", "learned")
     assert (config.qkv_bias, config.mlp_bias, config.tie_embeddings) == (False, False, True)
+
+
+def test_nanogpt_computes_what_gpt2_with_the_exact_gelu_computes(tmp_path: Path) -> None:
+    """In PyTorch and exported; transformers' GPT-2 has the same modules with their matrices transposed."""
+    sizes = {"n_layer": 2, "n_head": 3, "n_embd": 48, "vocab_size": 347}
+    config = transformers.GPT2Config(
+        **sizes, n_positions=96, activation_function="gelu", initializer_range=0.25, bos_token_id=0, eos_token_id=0
+    )
+    torch.manual_seed(0)
+    peer = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for p in peer.parameters():
+            if p.ndim == 1:
+                p += 0.2 * torch.randn_like(p)
+    state = {
+        name: value.T.contiguous() if ".c_" in name and value.ndim == 2 else value
+        for name, value in peer.state_dict().items()
+    }
+    torch.save({"model": state, "model_args": {**sizes, "block_size": 96, "bias": True}}, tmp_path / "ckpt.pt")
+    (tmp_path / "tokenizer.json").write_text(json.dumps(make_tokenizer().to_dict()))
+    bundle = export(tmp_path / "ckpt.pt", tmp_path / "out", tokenizer=tmp_path / "tokenizer.json").bundle
+    ids = [int(i) for i in np.random.default_rng(0).integers(0, 347, 60)]
+    with torch.no_grad():
+        expected = peer(torch.tensor([ids])).logits[0].numpy()
+        got = GPT.from_checkpoint(open_nanogpt(tmp_path / "ckpt.pt"))(torch.tensor([ids]))[0].numpy()
+    session = Session(open_bundle(bundle))
+    for logits in (got, session.run(ids, session.new_cache(), every_row=True)):
+        assert np.abs(logits - expected).max() <= 1e-3 * expected.std()
 
 
 @pytest.mark.parametrize(("dtype", "name"), [(torch.bfloat16, "BF16"), (torch.float16, "F16")])
