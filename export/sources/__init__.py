@@ -5,15 +5,25 @@ Folders and GGUF files are opened without torch; only a nanoGPT checkpoint, whic
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
-from gptedge.checkpoint import CONFIG, Checkpoint, open_checkpoint
+from gptedge.checkpoint import (
+    CONFIG,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    Checkpoint,
+    open_checkpoint,
+    read_json_object,
+)
 from gptedge.errors import CheckpointError
 
 __all__ = ["open_source"]
 
 _EXPECTED = "a Hugging Face folder with config.json, a .gguf file or a nanoGPT .pt file is expected"
 _MAGIC = b"GGUF"
+_SENTENCEPIECE = "tokenizer.model"
 
 
 def open_source(path: Path) -> Checkpoint:
@@ -34,13 +44,25 @@ def open_source(path: Path) -> Checkpoint:
 
 def _open_folder(path: Path) -> Checkpoint:
     if (path / CONFIG).is_file():
-        return open_checkpoint(path)
+        return _with_tokenizer(open_checkpoint(path))
     files = sorted(path.glob("*.gguf"))
     if len(files) == 1:
         return _open_gguf(files[0])
     if files:
         raise CheckpointError(f"{path} holds {len(files)} .gguf files; name the one to open, for example {files[0]}")
     raise CheckpointError(f"{path} has neither {CONFIG} nor a .gguf file; {_EXPECTED}")
+
+
+def _with_tokenizer(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with a tokenizer.json, made from a SentencePiece model where that is all there is."""
+    model, files = checkpoint.path / _SENTENCEPIECE, checkpoint.side_files
+    if TOKENIZER in files or not model.is_file():
+        return checkpoint
+    from gptedge.export.sources.sentencepiece_model import read_sentencepiece
+
+    config = read_json_object(checkpoint.path / TOKENIZER_CONFIG) if TOKENIZER_CONFIG in files else {}
+    made = json.dumps(read_sentencepiece(model, config), ensure_ascii=False).encode()
+    return replace(checkpoint, side_files={TOKENIZER: made, **files})
 
 
 def _open_gguf(path: Path) -> Checkpoint:
