@@ -78,6 +78,8 @@ _PRE_TOKENIZERS: dict[str, _PreTokenizer] = {
     "gpt-2": _GPT2,
     "default": _GPT2,
     "smollm": _PreTokenizer(_sequence({"type": "Digits", "individual_digits": True}, _byte_level(use_regex=True))),
+    "olmo": _PreTokenizer(_byte_level(use_regex=True), normalizer={"type": "NFC"}),  # GPT-NeoX's too
+    "dbrx": _PreTokenizer(_LLAMA3.steps),  # OLMo 2's
     "llama-bpe": _LLAMA3,
     "llama3": _LLAMA3,
     "llama-v3": _LLAMA3,

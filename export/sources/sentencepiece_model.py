@@ -59,7 +59,7 @@ def _parse(path: Path) -> Any:
         raise MissingExtraError(
             f'reading {path} needs the sentencepiece package; pip install "gptedge[export]"'
         ) from None
-    model = sentencepiece_model_pb2.ModelProto()
+    model = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # made by protobuf at import
     try:
         model.ParseFromString(path.read_bytes())
     except Exception as e:  # protobuf's DecodeError has no public home that stays put

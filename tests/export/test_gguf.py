@@ -663,6 +663,8 @@ PUBLISHED = {
     "default": (BYTE_LEVEL, None),
     None: (BYTE_LEVEL, None),
     "smollm": (pre_tokenizers.Sequence([pre_tokenizers.Digits(True), BYTE_LEVEL]), None),
+    "olmo": (BYTE_LEVEL, normalizers.NFC()),
+    "dbrx": (split(WORDS % r"\p{N}{1,3}"), None),
     "llama-bpe": (split(WORDS % r"\p{N}{1,3}"), None),
     "qwen2": (split(WORDS % r"\p{N}"), normalizers.NFC()),
 }
@@ -684,7 +686,7 @@ def test_published_patterns_differ_on_these_texts() -> None:
     splits = {
         pre: str(rebuilt(metadata_of(made, pre)).pre_tokenizer.pre_tokenize_str(TEXT)) for pre in PUBLISHED if pre
     }
-    assert len(set(splits.values())) == len(splits) - 1  # default is gpt-2
+    assert len(set(splits.values())) == len(splits) - 3  # default and olmo are as gpt-2, dbrx as llama-bpe
 
 
 def test_llama3_takes_whole_tokens_before_merges() -> None:

@@ -302,6 +302,17 @@ def sources() -> dict[str, dict[str, Any]]:
             "pre_tokenizer": pre(split(QWEN2_PATTERN), BYTES_ONLY),
             "added_tokens": [*CHATML, added("<tool>", special=False), added("[A]", special=False, normalized=True)],
         },
+        "gpt-neox": bytes_base
+        | {
+            "normalizer": {"type": "NFC"},
+            "pre_tokenizer": BYTE_LEVEL,
+            "post_processor": BYTE_LEVEL | {"add_prefix_space": False},
+            "added_tokens": [
+                *CHATML,
+                *(added(" " * n, special=False, normalized=True) for n in (4, 3, 2)),
+                added("<tool>", special=False, normalized=True),
+            ],
+        },
         "smollm": bytes_base | {"pre_tokenizer": pre({"type": "Digits", "individual_digits": True}, BYTE_LEVEL)},
         "gpt4o": bytes_base | {"pre_tokenizer": pre(split(GPT4O_PATTERN), BYTES_ONLY)},
         "deepseek": bytes_base
@@ -323,6 +334,14 @@ def sources() -> dict[str, dict[str, Any]]:
             "normalizer": replace(" ", "▁"),
             "pre_tokenizer": split(" ", "MergedWithPrevious", is_regex=False),
             "decoder": sequence("decoders", replace("▁", " "), FALLBACK, FUSE),
+        },
+        "gemma3": pieces_base
+        | {
+            "normalizer": replace(" ", "▁"),
+            "pre_tokenizer": split(" ", "MergedWithPrevious", is_regex=False),
+            "post_processor": template(("<s>", 1)),
+            "decoder": sequence("decoders", replace("▁", " "), FALLBACK, FUSE),
+            "added_tokens": [*LLAMA, *(added(t, special=False) for t in ("\n\n", "\n", "▁▁", "▁▁▁", "<table>", "[A]"))],
         },
         "metaspace": pieces_base
         | {
