@@ -143,23 +143,27 @@ def source_tensors(naming: Naming, config: ModelConfig, stored: Mapping[str, Ten
     """A publisher's tensors by gptedge's names. Raises CheckpointError naming any missing, misshapen or unused one."""
     used: set[str] = set()
     found: dict[str, Tensor] = {}
+    missing: list[str] = []
     for name, shape in tensor_shapes(config).items():
         part, layer = _part_of(naming, name)
         if not part.name:
             found[name] = _constant(shape, part.plus)
             continue
-        stored_name = _find(naming, part.name.format(i=layer), stored, name, where)
+        stored_name = _find(naming, part.name.format(i=layer), stored)
+        if stored_name is None:
+            missing.append(naming.prefixes[0] + part.name.format(i=layer))
+            continue
         used.add(stored_name)
         found[name] = _view(stored[stored_name], part, config, shape, f"{where}: {stored_name}")
+    if missing:
+        raise CheckpointError(f"{where} has no tensor {_listed(missing)}")
     spare = [
         n
         for n in stored
         if n not in used and not n.endswith(naming.ignored or ("\0",)) and not _is_tied_head(n, naming, config)
     ]
     if spare:
-        raise CheckpointError(
-            f"{where} has {len(spare)} tensors that the model does not use, the first of them {sorted(spare)[0]}"
-        )
+        raise CheckpointError(f"{where} has tensors that the model does not use: {_listed(sorted(spare))}")
     return found
 
 
@@ -170,11 +174,18 @@ def _part_of(naming: Naming, name: str) -> tuple[Part, str]:
     return naming.parts[key], layer
 
 
-def _find(naming: Naming, name: str, stored: Mapping[str, Tensor], ours: str, where: str) -> str:
-    for prefix in naming.prefixes:
-        if prefix + name in stored:
-            return prefix + name
-    raise CheckpointError(f"{where} has no tensor {naming.prefixes[0]}{name} ({ours})")
+def _find(naming: Naming, name: str, stored: Mapping[str, Tensor]) -> str | None:
+    return next((prefix + name for prefix in naming.prefixes if prefix + name in stored), None)
+
+
+def _listed(names: list[str]) -> str:
+    """All of a few names, or the first of many and how many more."""
+    unique = list(dict.fromkeys(names))  # parts of one fused matrix are missed together
+    more = len(unique) - _LISTED
+    return ", ".join(unique[:_LISTED]) + (f" and {more} more" if more > 0 else "")
+
+
+_LISTED = 6
 
 
 def _constant(shape: tuple[int, ...], value: float) -> Tensor:

@@ -198,6 +198,21 @@ def test_missing_tensor(folder: Path) -> None:
     assert "model.layers.1.mlp.up_proj.weight" in refusal(folder)
 
 
+def test_every_missing_and_every_unused_tensor_is_named(folder: Path) -> None:
+    weights = stored_weights()
+    gone = [f"model.layers.{i}.mlp.up_proj.weight" for i in (0, 1)]
+    for name in gone:
+        del weights[name]
+    safetensors.write(folder / "model.safetensors", weights)
+    assert all(name in refusal(folder) for name in gone)
+    spare = {f"model.layers.0.self_attn.{x}": np.ones(4, np.float32) for x in "abc"}
+    safetensors.write(folder / "model.safetensors", stored_weights() | spare)
+    assert all(name in refusal(folder) for name in spare)
+    many = {f"model.extra.{i:03}": np.ones(4, np.float32) for i in range(100)}
+    safetensors.write(folder / "model.safetensors", stored_weights() | many)
+    assert refusal(folder).endswith("model.extra.005 and 94 more")
+
+
 def test_misshapen_tensor(folder: Path) -> None:
     name = "model.layers.0.self_attn.k_proj.weight"
     safetensors.write(folder / "model.safetensors", stored_weights() | {name: np.ones((16, 16), np.float32)})

@@ -1,7 +1,11 @@
-"""What a user installs has no compiled Rust in it: `.[all]` in a fresh environment, every native library read."""
+"""What a user installs: no compiled Rust in it, and no more of it than there has to be.
+
+`.[all]` in a fresh environment, every native library read, and the packages that the extra `export` needs weighed.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -53,15 +57,22 @@ def install(folder: Path, *what: str) -> Path:
     return Path(subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip())
 
 
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A fresh environment with everything in it, and the folder of its packages."""
+    folder = tmp_path_factory.mktemp("fresh") / "env"
+    return folder, install(folder, f"{ROOT}[all]")
+
+
 @pytest.mark.slow
-def test_everything_a_user_installs(tmp_path: Path) -> None:
-    packages = install(tmp_path / "env", f"{ROOT}[all]")
+def test_everything_a_user_installs(environment: tuple[Path, Path], tmp_path: Path) -> None:
+    folder, packages = environment
     files = native_files(packages)
     assert len(files) > 20, "torch, numpy and onnxruntime alone have more"
     carriers = {str(f.relative_to(packages)): marks for f in files if (marks := rust_marks(f))}
     assert carriers == {}
     # The installed wheel is the whole project: it runs from anywhere.
-    gptedge = [tmp_path / "env" / "bin" / "python", "-m", "gptedge"]
+    gptedge = [folder / "bin" / "python", "-m", "gptedge"]
     done = subprocess.run([*gptedge, "doctor"], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "missing" not in done.stdout
@@ -69,6 +80,42 @@ def test_everything_a_user_installs(tmp_path: Path) -> None:
         "import gptedge.export.sources, gptedge.quantize.recipes, gptedge.tui.app, gptedge.serve, gptedge.train.model"
     )
     subprocess.run([gptedge[0], "-c", code], check=True, cwd=tmp_path)
+
+
+# Prints {package: bytes} of what gptedge[export] needs, bytecode left out, as pip would install it alone.
+WEIGH = """
+import json
+from importlib import metadata
+from packaging.requirements import Requirement
+sizes, todo = {}, [("gptedge", "export")]
+seen = set()
+while todo:
+    name, extra = todo.pop()
+    if (name, extra) in seen:
+        continue
+    seen.add((name, extra))
+    dist = metadata.distribution(name)
+    files = [f.locate() for f in dist.files if f.suffix != ".pyc"]
+    sizes[dist.name.lower()] = sum(f.stat().st_size for f in files if f.is_file())
+    for line in dist.requires or ():
+        r = Requirement(line)
+        if r.marker is None or r.marker.evaluate({"extra": extra}):
+            todo += [(r.name, e) for e in (r.extras or ("",))] + [(r.name, "")]
+print(json.dumps(sizes))
+"""
+LARGEST = {"onnxruntime", "numpy", "onnx"}  # 64, 57 and 23 MB of 166; with bytecode all is a quarter more
+MOST_MB = 175
+
+
+@pytest.mark.slow
+def test_what_exporting_needs_stays_small(environment: tuple[Path, Path]) -> None:
+    folder, _ = environment
+    done = subprocess.run([folder / "bin" / "python", "-c", WEIGH], capture_output=True, text=True, check=True)
+    sizes = json.loads(done.stdout)
+    assert sizes.keys() >= {"gptedge", "onnxruntime", "onnx", "gguf", "sentencepiece", "regex"}
+    assert not sizes.keys() & {"torch", "transformers", "textual", "sympy"}
+    assert set(sorted(sizes, key=sizes.__getitem__)[-3:]) == LARGEST
+    assert sum(sizes.values()) < MOST_MB * 1e6, sizes
 
 
 def test_the_scan_finds_rust_where_it_is() -> None:

@@ -14,8 +14,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from gptedge import safetensors
 from gptedge.cli import main
 from gptedge.cli.gates import judge, requested
 from gptedge.errors import DataError, GateFailed, UsageError
@@ -201,6 +203,49 @@ def changed_config(tiny_checkpoint: Path, at: Path, **changes: object) -> Path:
     return at
 
 
+def sharded(tiny_checkpoint: Path, at: Path, shard: str) -> Path:
+    """Half of the tensors are said to be in `shard`, which is not there."""
+    shutil.copytree(tiny_checkpoint, at)
+    first = "model-00001-of-00002.safetensors"
+    (at / "model.safetensors").rename(at / first)
+    names = sorted(safetensors.read(at / first))
+    where = {name: first if i % 2 else shard for i, name in enumerate(names)}
+    (at / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    return at
+
+
+class Code:
+    def __reduce__(self) -> tuple[object, ...]:
+        return (os.mkdir, ("code-was-run",))
+
+
+def evil_pickle(tiny_checkpoint: Path, at: Path) -> Path:
+    import torch
+
+    path = at.with_suffix(".pt")
+    torch.save({"model": {}, "model_args": Code()}, path)
+    return path
+
+
+def gguf_of(architecture: str, at: Path) -> Path:
+    import gguf
+
+    path = at.with_suffix(".gguf")
+    w = gguf.GGUFWriter(path, architecture)
+    w.add_tensor("token_embd.weight", np.ones((9, 32), np.float32))
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()
+    return path
+
+
+def cut_gguf(tiny_checkpoint: Path, at: Path) -> Path:
+    path = gguf_of("llama", at)
+    path.write_bytes(path.read_bytes()[:-200])
+    return path
+
+
 Make = Callable[[Path, Path], Path]
 BAD_SOURCES: dict[str, tuple[Make, int, str]] = {
     "missing": (lambda c, at: at, 1, "does not exist"),
@@ -209,7 +254,20 @@ BAD_SOURCES: dict[str, tuple[Make, int, str]] = {
     "unknown architecture": (
         lambda c, at: changed_config(c, at, architectures=["WhaleForCausalLM"]), 5, "WhaleForCausalLM",
     ),
-    "unknown rope scaling": (lambda c, at: changed_config(c, at, rope_scaling={"rope_type": "yarn"}), 5, "'yarn'"),
+    "unknown rope scaling": (lambda c, at: changed_config(c, at, rope_scaling={"rope_type": "ntk"}), 5, "'ntk'"),
+    "rope scaling that follows the length": (
+        lambda c, at: changed_config(c, at, rope_scaling={"rope_type": "dynamic", "factor": 2.0}), 5, "'dynamic'",
+    ),
+    "rope scaling without its number": (
+        lambda c, at: changed_config(c, at, rope_scaling={"rope_type": "linear"}), 1, "factor",
+    ),
+    "missing shard": (
+        lambda c, at: sharded(c, at, "model-00002-of-00002.safetensors"), 1, "00002-of-00002.safetensors is missing",
+    ),
+    "shard outside the folder": (lambda c, at: sharded(c, at, "../other.safetensors"), 1, "lies outside the folder"),
+    "a .pt that runs code": (evil_pickle, 1, "asks to run"),
+    "a .gguf cut short": (cut_gguf, 1, "is cut short"),
+    "a .gguf of another kind": (lambda c, at: gguf_of("mamba", at), 5, "'mamba'"),
     "head_dim without a kernel": (
         lambda c, at: changed_config(c, at, head_dim=8, num_attention_heads=12, num_key_value_heads=4), 5, "head_dim 8",
     ),
