@@ -19,7 +19,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from gptedge.cli.common import nearest
-from gptedge.errors import EXIT_INTERRUPTED, GptEdgeError, UsageError
+from gptedge.errors import EXIT_INTERRUPTED, GateFailed, GptEdgeError, UsageError
 
 # Each is a file in this folder with a function `command`; in the order of the help page.
 VERBS = (
@@ -90,7 +90,8 @@ def main(arguments: list[str] | None = None) -> int:
     except GptEdgeError as e:
         if debug:
             traceback.print_exc()
-        return _fail(str(e), e.exit_code, wants_json)
+        # A gate is judged after the result, which is the one object, has been printed.
+        return _fail(str(e), e.exit_code, wants_json and not isinstance(e, GateFailed))
     except Exception as e:  # the last line of defence: nobody is shown a traceback without asking
         if debug:
             traceback.print_exc()

@@ -20,6 +20,7 @@ _EXTRAS: dict[str, dict[str, tuple[str, ...]]] = {
     "train": {"torch": ("torch",)},
     "tui": {"textual": ("textual",)},
     "serve": {"starlette": ("starlette",), "uvicorn": ("uvicorn",)},
+    "eval": {"sacrebleu": ("sacrebleu",), "rouge_score": ("rouge-score",)},
 }
 # Instructions that onnxruntime's kernels have fast paths for, as Linux calls them.
 _INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "amx_bf16", "asimddp", "i8mm")

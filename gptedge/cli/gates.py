@@ -1,8 +1,12 @@
-"""Gates: bounds on quality and size that fail a build. One verdict a line on stderr, and exit code 4."""
+"""Gates: bounds on quality and size that fail a build. One verdict a line on stderr, and exit code 4.
+
+GitHub is told in its own way too (`github`): a summary of the job, and a mark for each gate that failed.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +14,9 @@ from typing import Annotated, Any
 
 import typer
 
+from gptedge.cli import github
 from gptedge.cli.common import say
-from gptedge.errors import DataError, GateFailed, UsageError
+from gptedge.errors import GateFailed, UsageError
 from gptedge.text import read_text
 
 MaxPplIncrease = Annotated[str | None, typer.Option(metavar="P%", help="Fail if perplexity rises more, as 2% or 0.02.")]
@@ -24,35 +29,74 @@ MaxSizeMb = Annotated[float | None, typer.Option(help="Fail if graph and weights
 
 
 BASELINE_SLACK = 0.02
-_BASELINE_FACTS = {"ppl_increase": True, "kl_divergence.mean": True, "top1_agreement": False, "size_mb": True}
-"""What --baseline compares, and whether more is worse."""
+SAME_TEXT = ("ids_sha256", "tokens")
+"""What tells whether two results are of the same tokens."""
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A measured number that gates look at."""
+
+    label: str
+    is_upper: bool
+    """More is worse."""
+    is_share: bool = False
+    """Shown in percent."""
+
+    def show(self, value: float) -> str:
+        return f"{100 * value:.4g}%" if self.is_share else f"{value:.4g}"
+
+
+FACTS = {
+    "ppl_increase": Fact("perplexity increase", is_upper=True, is_share=True),
+    "kl_divergence.mean": Fact("mean KL divergence", is_upper=True),
+    "top1_agreement": Fact("top-1 agreement", is_upper=False, is_share=True),
+    "size_mb": Fact("size in MB", is_upper=True),
+}
+"""By where they stand in eval's JSON, in dotted keys."""
 
 
 @dataclass(frozen=True)
 class Gate:
     name: str
-    fact: str
-    """Where the measured value stands, in dotted keys."""
+    key: str
+    """Of FACTS."""
     bound: float
-    is_upper: bool
 
 
 @dataclass(frozen=True)
 class Gates:
     gates: tuple[Gate, ...]
+    baseline: Path | None = None
+    same_text: Mapping[str, Any] | None = None
+    """What the baseline says of its text, by the keys in SAME_TEXT; some may be missing."""
 
     @property
     def needs_quality(self) -> bool:
         """Whether a text and a reference are needed."""
-        return any(g.fact != "size_mb" for g in self.gates)
+        return any(g.key != "size_mb" for g in self.gates)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    name: str
+    gate: Gate
     value: float
-    bound: float
-    ok: bool
+
+    @property
+    def ok(self) -> bool:
+        """False, too, for a value that is not a number."""
+        upper = FACTS[self.gate.key].is_upper
+        return self.value <= self.gate.bound if upper else self.value >= self.gate.bound
+
+    def cells(self) -> tuple[str, str, str, str]:
+        """Gate, value, bound and verdict, for people."""
+        fact = FACTS[self.gate.key]
+        bound = f"{'at most' if fact.is_upper else 'at least'} {fact.show(self.gate.bound)}"
+        return self.gate.name, fact.show(self.value), bound, "ok" if self.ok else "FAILED"
+
+    def complaint(self) -> str:
+        fact = FACTS[self.gate.key]
+        return f"{fact.label} is {fact.show(self.value)}, and misses the bound of {self.cells()[2]}"
 
 
 @dataclass(frozen=True)
@@ -60,12 +104,15 @@ class Verdicts:
     all: tuple[Verdict, ...]
 
     def as_json(self) -> list[dict[str, Any]]:
-        return [vars(v) for v in self.all]
+        return [{"name": v.gate.name, "value": v.value, "bound": v.gate.bound, "ok": v.ok} for v in self.all]
+
+    @property
+    def failed(self) -> list[Verdict]:
+        return [v for v in self.all if not v.ok]
 
     def raise_if_failed(self) -> None:
-        failed = [v for v in self.all if not v.ok]
-        if failed:
-            raise GateFailed("; ".join(f"{v.name}: {v.value:.4g} misses the bound {v.bound:.4g}" for v in failed))
+        if self.failed:
+            raise GateFailed("; ".join(f"gate {v.gate.name}: {v.complaint()}" for v in self.failed))
 
 
 def requested(
@@ -75,33 +122,45 @@ def requested(
     max_size_mb: float | None,
     baseline: Path | None = None,
 ) -> Gates:
-    """Gates for those options that were given."""
+    """Gates for those options that were given. Raises UsageError for a bound that is not a number."""
     rows = (
-        ("max-ppl-increase", "ppl_increase", _fraction("--max-ppl-increase", max_ppl_increase), True),
-        ("max-kld", "kl_divergence.mean", max_kld, True),
-        ("min-top1", "top1_agreement", _fraction("--min-top1", min_top1), False),
-        ("max-size-mb", "size_mb", max_size_mb, True),
+        ("max-ppl-increase", "ppl_increase", _fraction("--max-ppl-increase", max_ppl_increase)),
+        ("max-kld", "kl_divergence.mean", max_kld),
+        ("min-top1", "top1_agreement", _fraction("--min-top1", min_top1)),
+        ("max-size-mb", "size_mb", max_size_mb),
     )
-    gates = [Gate(name, fact, bound, upper) for name, fact, bound, upper in rows if bound is not None]
-    return Gates(tuple(gates + _no_worse_than(baseline)))
-
-
-def _no_worse_than(baseline: Path | None) -> list[Gate]:
-    """Gates at the values of an earlier result, with BASELINE_SLACK of room, since processors round differently."""
+    gates = [Gate(name, key, bound) for name, key, bound in rows if bound is not None]
+    bad = next((g for g in gates if math.isnan(g.bound)), None)
+    if bad:
+        raise UsageError(f"--{bad.name} is {bad.bound}; give a number")
     if baseline is None:
-        return []
+        return Gates(tuple(gates))
+    earlier = _read_baseline(baseline)
+    return Gates((*gates, *_no_worse_than(earlier, baseline)), baseline, earlier)
+
+
+def _read_baseline(path: Path) -> dict[str, Any]:
     try:
-        facts = json.loads(read_text(baseline))
-    except ValueError as e:
-        raise DataError(f"{baseline} is not JSON: {e}") from None
+        value = json.loads(read_text(path))
+    except (ValueError, RecursionError) as e:
+        raise UsageError(f"baseline {path} is not JSON ({e}); give what eval --json printed") from None
+    if not isinstance(value, dict):
+        raise UsageError(f"baseline {path} holds {type(value).__name__}, not an object; give what eval --json printed")
+    return value
+
+
+def _no_worse_than(earlier: Mapping[str, Any], path: Path) -> list[Gate]:
+    """Gates at the values of an earlier result, with BASELINE_SLACK of room, since processors round differently."""
     gates = []
-    for fact, is_upper in _BASELINE_FACTS.items():
-        value = _look_up(facts, fact) if isinstance(facts, dict) else None
-        if isinstance(value, (int, float)):
-            room = BASELINE_SLACK * abs(value)
-            gates.append(Gate(f"baseline {fact}", fact, value + room if is_upper else value - room, is_upper))
-    if not gates:
-        raise DataError(f"{baseline} has none of {', '.join(_BASELINE_FACTS)}; give what eval --json printed")
+    for key, fact in FACTS.items():
+        value = _look_up(earlier, key)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise UsageError(
+                f"baseline {path} has {'no' if value is None else repr(value) + ' as'} {key}; "
+                "make it with gptedge eval --text FILE --reference BUNDLE --json"
+            )
+        room = BASELINE_SLACK * abs(value)
+        gates.append(Gate(f"baseline {key}", key, value + room if fact.is_upper else value - room))
     return gates
 
 
@@ -112,16 +171,32 @@ def _look_up(facts: Mapping[str, Any], dotted: str) -> Any:
     return value
 
 
-def judge(gates: Gates, facts: Mapping[str, Any]) -> Verdicts:
-    """Compare and say each verdict on stderr. A value that is not a number fails."""
-    verdicts = []
-    for gate in gates.gates:
-        value = _look_up(facts, gate.fact)
-        ok = bool(value <= gate.bound if gate.is_upper else value >= gate.bound)
-        verdicts.append(Verdict(gate.name, float(value), gate.bound, ok))
-        sign = "<=" if gate.is_upper else ">="
-        say(f"gate {gate.name}: {value:.4g} {sign} {gate.bound:.4g}: {'ok' if ok else 'FAILED'}")
-    return Verdicts(tuple(verdicts))
+def judge(gates: Gates, facts: Mapping[str, Any], *, subject: str, as_json: bool) -> Verdicts:
+    """Compare, and say each verdict on stderr; under GitHub Actions, tell GitHub.
+
+    `subject` names what is judged; `as_json` keeps stdout for the one object.
+    Raises UsageError when the baseline is of another text.
+    """
+    _check_same_text(gates, facts)
+    verdicts = Verdicts(tuple(Verdict(g, float(_look_up(facts, g.key))) for g in gates.gates))
+    for verdict in verdicts.all:
+        name, value, bound, word = verdict.cells()
+        say(f"gate {name}: {value}, {bound}: {word}")
+    if verdicts.all:
+        github.summarize(subject, [v.cells() for v in verdicts.all], facts)
+    for verdict in verdicts.failed:
+        github.mark_error(f"gptedge gate {verdict.gate.name}", f"{subject}: {verdict.complaint()}", as_json=as_json)
+    return verdicts
+
+
+def _check_same_text(gates: Gates, facts: Mapping[str, Any]) -> None:
+    for key in SAME_TEXT:
+        then, now = (gates.same_text or {}).get(key), facts.get(key)
+        if then is not None and then != now:
+            raise UsageError(
+                f"baseline {gates.baseline} was measured on other tokens ({key} was {then}, and is {now}); "
+                "use the same text, tokenizer, --context and --max-windows, or make the baseline again"
+            )
 
 
 def _fraction(option: str, text: str | None) -> float | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -50,14 +50,14 @@ def command(
             threads=threads,
             report=report,
         )
-    facts = {"size_mb": result.size_mb}
+    facts: dict[str, Any] = {"size_mb": result.size_mb}
     if gates.needs_quality:
         from gptedge.cli.evaluate import measure
 
         assert text is not None
         facts |= measure(out, text, reference=bundle, context=None, threads=threads)
-    verdicts = judge(gates, facts)
-    value = {**asdict(result), "bundle": str(result.bundle), "gates": verdicts.as_json()}
+    verdicts = judge(gates, facts, subject=str(out), as_json=as_json)
+    value = {**facts, **asdict(result), "bundle": str(result.bundle), "gates": verdicts.as_json()}
     lines = [f"{out}: {result.recipe}, {result.size_mb:g} MB in {result.seconds:g} s"]
     emit(value, as_json=as_json, lines=lines)
     verdicts.raise_if_failed()

@@ -1,13 +1,15 @@
 """Perplexity of a bundle on a text, and how far its predictions lie from a reference bundle's.
 
 The text is cut into windows; each is run from an empty cache, and the positions of its second half count, so that every
-counted token has at least half a window of context. Windows stream: memory does not grow with the text.
-Kullback-Leibler divergence is of the reference's distribution from the bundle's, in nats, as llama.cpp's perplexity
-tool has it. Says nothing of what generated text is worth to a reader.
+counted token has at least half a window of context. Windows stream: logits are held for a few positions at a time, and
+what stays of a position is a handful of numbers. Kullback-Leibler divergence is of the reference's distribution from
+the bundle's, in nats, as llama.cpp's perplexity tool has it. Says nothing of what generated text is worth to a reader
+(`text_metrics` does).
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gptedge.errors import DataError, UsageError
+from gptedge.errors import BundleError, DataError, UsageError
 from gptedge.runtime.session import Session
 
 DEFAULT_CONTEXT = 512
@@ -31,12 +33,14 @@ Floats = npt.NDArray[np.float64]
 class Evaluation:
     tokens: int
     """Positions scored."""
+    ids_sha256: str
+    """Of the windows' length and tokens, the first 16 hex digits: equal where two results are of the same text."""
     perplexity: float
     reference_perplexity: float | None = None
     ppl_increase: float | None = None
     """perplexity / reference_perplexity - 1."""
     ppl_increase_interval: tuple[float, float] | None = None
-    """95% confidence interval of `ppl_increase`, from the spread of the positions' differences."""
+    """95% confidence interval of `ppl_increase`; None of a single window (see `ratio_interval`)."""
     kl_divergence: dict[str, float] | None = None
     top1_agreement: float | None = None
 
@@ -44,14 +48,32 @@ class Evaluation:
         return {key: value for key, value in vars(self).items() if value is not None}
 
 
-@dataclass
-class _Scores:
-    """Per position, in order: negative log-likelihoods of the bundle and the reference, divergence, same top token."""
+@dataclass(frozen=True)
+class Side:
+    """What one model made of each scored position, arrays of [N]."""
 
-    nll: list[Floats]
-    reference_nll: list[Floats]
-    kl: list[Floats]
-    same_top: list[npt.NDArray[np.bool_]]
+    nll: Floats
+    """Negative log-likelihood of the token that came, nats."""
+    top: npt.NDArray[np.int64]
+    """The likeliest token."""
+    top_logprob: Floats
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Every scored position in the order of the text; N = windows x (context - 1 - context // 2)."""
+
+    ids: npt.NDArray[np.int64]
+    """The windows' tokens, [windows, context]."""
+    model: Side
+    reference: Side | None
+    kl: Floats | None
+    """[N]; None without a reference."""
+
+    def places(self) -> npt.NDArray[np.int64]:
+        """Where each scored position's token, the one predicted, stands in the text, [N]."""
+        windows, context = self.ids.shape
+        return (np.arange(windows)[:, None] * context + np.arange(context // 2 + 1, context)).ravel()
 
 
 def evaluate(
@@ -63,7 +85,21 @@ def evaluate(
     max_windows: int | None = None,
     report: Report = lambda done, total, note: None,
 ) -> Evaluation:
-    """Score token ids. Raises DataError when they fill no window, UsageError when the two vocabularies differ."""
+    """`summarize` of `score`."""
+    return summarize(score(session, ids, reference=reference, context=context, max_windows=max_windows, report=report))
+
+
+def score(
+    session: Session,
+    ids: Sequence[int],
+    *,
+    reference: Session | None = None,
+    context: int = DEFAULT_CONTEXT,
+    max_windows: int | None = None,
+    report: Report = lambda done, total, note: None,
+) -> Scores:
+    """Score token ids. Raises DataError when they fill no window, UsageError when the two vocabularies differ,
+    BundleError when a model's logits are not numbers."""
     context = min(context, session.context_length, reference.context_length if reference else context)
     if context < 4:
         raise UsageError(f"context is {context}; windows need at least 4 tokens")
@@ -72,40 +108,87 @@ def evaluate(
             f"the reference has {reference.vocab_size} tokens in its vocabulary, the bundle {session.vocab_size}"
         )
     n = len(ids) // context if max_windows is None else min(max_windows, len(ids) // context)
-    if n == 0:
+    if n < 1:
+        limit = "" if max_windows is None or max_windows > 0 else f", and --max-windows is {max_windows}"
         raise DataError(
-            f"the text has {len(ids)} tokens, and one window takes {context}; give a longer text or a smaller --context"
+            f"the text has {len(ids)} tokens, and one window takes {context}{limit}; "
+            "give a longer text or a smaller --context"
         )
-    scores = _Scores([], [], [], [])
+    windows = np.asarray(ids[: n * context], np.int64).reshape(n, context)
+    parts = []
     for w in range(n):
-        _score_window(session, reference, ids[w * context : (w + 1) * context], scores)
+        parts += list(_score_window(session, reference, windows[w], w * context))
         report(w + 1, n, "windows")
-    return _summary(scores, reference is not None)
+    models, references, kl = zip(*parts, strict=True)
+    if reference is None:
+        return Scores(windows, _join(models), None, None)
+    return Scores(windows, _join(models), _join(references), np.concatenate(kl))
 
 
-def _score_window(session: Session, reference: Session | None, ids: Sequence[int], scores: _Scores) -> None:
+def _join(parts: Sequence[Side]) -> Side:
+    return Side(*(np.concatenate([getattr(part, name) for part in parts]) for name in Side.__dataclass_fields__))
+
+
+def _score_window(
+    session: Session, reference: Session | None, ids: npt.NDArray[np.int64], place: int
+) -> Iterator[tuple[Side, Side | None, Floats | None]]:
+    """A few positions at a time; the window begins at `place` of the text."""
     half = len(ids) // 2
-    rows = _rows(session, ids, half)
-    others = _rows(reference, ids, half) if reference else None
+    rows = _log_probabilities(session, ids, half, place)
+    others = _log_probabilities(reference, ids, half, place) if reference else None
     for start in range(half, len(ids) - 1, _ROWS):
-        targets = np.asarray(ids[start + 1 : start + 1 + _ROWS])
-        at = np.arange(len(targets))
-        q = log_softmax(next(rows)[: len(targets)])
-        scores.nll.append(-q[at, targets].astype(np.float64))
+        targets = ids[start + 1 : start + 1 + _ROWS]
+        q = next(rows)
         if others is None:
+            yield _side(q, targets), None, None
             continue
-        p = log_softmax(next(others)[: len(targets)])
-        scores.reference_nll.append(-p[at, targets].astype(np.float64))
-        scores.kl.append((np.exp(p) * (p - q)).sum(-1, dtype=np.float64))
-        scores.same_top.append(p.argmax(-1) == q.argmax(-1))
+        p = next(others)
+        yield _side(q, targets), _side(p, targets), _divergence(p, q)
 
 
-def _rows(session: Session, ids: Sequence[int], start: int) -> Iterator[npt.NDArray[np.float32]]:
-    """Logits from position `start` on, a few rows at a time."""
+def _side(logprobs: npt.NDArray[np.float32], targets: npt.NDArray[np.int64]) -> Side:
+    rows, top = np.arange(len(targets)), logprobs.argmax(-1)
+    return Side(-logprobs[rows, targets].astype(np.float64), top, logprobs[rows, top].astype(np.float64))
+
+
+def _divergence(p: npt.NDArray[np.float32], q: npt.NDArray[np.float32]) -> Floats:
+    """Of each row, [N]; overwrites both."""
+    np.subtract(p, q, out=q)
+    q *= np.exp(p, out=p)
+    return q.sum(-1, dtype=np.float64)
+
+
+def _log_probabilities(
+    session: Session, ids: npt.NDArray[np.int64], start: int, place: int
+) -> Iterator[npt.NDArray[np.float32]]:
+    """Of every next token after the positions from `start` on, a few rows at a time."""
     cache = session.new_cache()
-    session.prefill(ids[:start], cache)
+    session.prefill(ids[:start].tolist(), cache)
     for i in range(start, len(ids) - 1, _ROWS):
-        yield session.run(ids[i : min(i + _ROWS, len(ids) - 1)], cache, every_row=True)
+        logits = session.run(ids[i : min(i + _ROWS, len(ids) - 1)].tolist(), cache, every_row=True)
+        if not _finite_rows(logits).all():
+            raise _not_numbers(session, ids, place)
+        yield log_softmax(logits)
+
+
+def _finite_rows(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
+    """Infinities and NaN all come through a sum."""
+    with np.errstate(invalid="ignore"):  # of infinities of both signs
+        return np.isfinite(logits.sum(-1, dtype=np.float64))
+
+
+def _not_numbers(session: Session, ids: npt.NDArray[np.int64], place: int) -> BundleError:
+    """Run the window again to find the token it began with: one bad key or value spoils every later position."""
+    cache = session.new_cache()
+    for i in range(0, len(ids), _ROWS):
+        good = _finite_rows(session.run(ids[i : i + _ROWS].tolist(), cache, every_row=True))
+        if not good.all():
+            place, ids = place + i + int(good.argmin()), ids[i + int(good.argmin()) :]
+            break
+    return BundleError(
+        f"{session.bundle.path} gives logits that are not finite numbers at token {place} of the text (id {ids[0]}); "
+        "run gptedge verify on it, or make it again from fp32 weights"
+    )
 
 
 def log_softmax(x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -115,25 +198,47 @@ def log_softmax(x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     return x
 
 
-def _summary(scores: _Scores, has_reference: bool) -> Evaluation:
-    nll = np.concatenate(scores.nll)
+def summarize(scores: Scores) -> Evaluation:
+    nll = scores.model.nll
+    same_text = hashlib.sha256(np.append(scores.ids.shape[1], scores.ids).astype("<i8").tobytes()).hexdigest()[:16]
     perplexity = math.exp(nll.mean())
-    if not has_reference:
-        return Evaluation(tokens=len(nll), perplexity=perplexity)
-    reference_nll, kl = np.concatenate(scores.reference_nll), np.concatenate(scores.kl)
-    difference = nll - reference_nll
-    margin = 1.96 * difference.std(ddof=1) / math.sqrt(len(difference))
+    if scores.reference is None or scores.kl is None:
+        return Evaluation(tokens=len(nll), ids_sha256=same_text, perplexity=perplexity)
+    difference, kl = nll - scores.reference.nll, scores.kl
     return Evaluation(
         tokens=len(nll),
+        ids_sha256=same_text,
         perplexity=perplexity,
-        reference_perplexity=math.exp(reference_nll.mean()),
+        reference_perplexity=math.exp(scores.reference.nll.mean()),
         ppl_increase=math.expm1(difference.mean()),
-        ppl_increase_interval=(math.expm1(difference.mean() - margin), math.expm1(difference.mean() + margin)),
+        ppl_increase_interval=ratio_interval(difference.reshape(len(scores.ids), -1)),
         kl_divergence={
             "mean": float(kl.mean()),
             "median": float(np.median(kl)),
             "p99": float(np.quantile(kl, 0.99)),
             "max": float(kl.max()),
         },
-        top1_agreement=float(np.concatenate(scores.same_top).mean()),
+        top1_agreement=float((scores.model.top == scores.reference.top).mean()),
     )
+
+
+def ratio_interval(difference: Floats) -> tuple[float, float] | None:
+    """95% confidence interval of the perplexity increase; None of a single window, which tells nothing of the spread.
+
+    `difference` is that of the log-likelihoods, [windows, positions]. Positions of a window share their text and lean
+    the same way, so the spread is that of the windows' means, with Student's t for few windows: taking positions as
+    independent gives intervals that are too narrow. Windows of one text are taken as independent.
+    """
+    means = difference.mean(1)
+    if len(means) < 2:
+        return None
+    margin = _student_t(len(means) - 1) * means.std(ddof=1) / math.sqrt(len(means))
+    return math.expm1(means.mean() - margin), math.expm1(means.mean() + margin)
+
+
+def _student_t(freedom: int) -> float:
+    """The bound that |t| exceeds in 5% of cases: with t = sqrt(freedom) tan(a), a's density is cos(a)^(freedom-1)."""
+    angle = np.linspace(0, np.pi / 2, 1 << 16)
+    density = np.cos(angle) ** (freedom - 1)
+    mass = np.append(0, np.cumsum(density[1:] + density[:-1]))
+    return math.sqrt(freedom) * math.tan(np.interp(0.95, mass / mass[-1], angle))
