@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from gptedge.bundle import open_bundle
-from gptedge.errors import DataError, UsageError
+from gptedge.errors import BundleError, DataError, UsageError
 from gptedge.evaluate.bench import bench, memory_bandwidth
-from gptedge.evaluate.divergence import evaluate
+from gptedge.evaluate.divergence import evaluate, ratio_interval, score
+from gptedge.runtime.kv_cache import KVCache
 from gptedge.runtime.session import Session
 
 
@@ -60,8 +62,79 @@ def test_a_bundle_does_not_diverge_from_itself(session: Session) -> None:
 
 def test_without_a_reference(session: Session) -> None:
     got = evaluate(session, IDS, context=100, max_windows=2)
-    assert set(got.as_json()) == {"tokens", "perplexity"}
+    assert set(got.as_json()) == {"tokens", "ids_sha256", "perplexity"}
     assert got.tokens == 2 * 49
+    assert got.ids_sha256 == evaluate(session, IDS[:200], context=100).ids_sha256
+    assert got.ids_sha256 != evaluate(session, IDS[:200], context=50).ids_sha256
+
+
+def test_scores_say_which_tokens_they_are_of(session: Session) -> None:
+    got = score(session, IDS, context=101, max_windows=3)
+    assert got.places().tolist() == [w * 101 + i for w in range(3) for i in range(51, 101)]
+    logits = session.run(IDS[101:202], session.new_cache(), every_row=True)
+    assert got.model.top[50:100].tolist() == logits[50:-1].argmax(-1).tolist()
+    assert got.places()[50] == 101 + 51
+
+
+# ---- the interval --------------------------------------------------------------------------------------------------
+
+
+def windows_that_lean(rng: np.random.Generator, n: int) -> np.ndarray:
+    """Differences of mean 0.02 whose windows lean one way or the other."""
+    return 0.02 + 0.1 * rng.standard_normal((n, 1)) + 0.5 * rng.standard_normal((n, 100))
+
+
+@pytest.mark.parametrize("n", [3, 16])
+def test_interval_holds_the_truth_as_often_as_it_says(n: int) -> None:
+    rng = np.random.default_rng(0)
+    inside = inside_naive = 0
+    for _ in range(1000):
+        difference = windows_that_lean(rng, n)
+        low, high = ratio_interval(difference) or (0, 0)
+        inside += low <= np.expm1(0.02) <= high
+        inside_naive += abs(difference.mean() - 0.02) <= 1.96 * difference.std() / np.sqrt(difference.size)
+    assert 930 <= inside <= 970
+    assert inside_naive < 750
+
+
+def test_one_window_gives_no_interval(session: Session) -> None:
+    got = evaluate(session, IDS, reference=session, context=100, max_windows=1)
+    assert "ppl_increase_interval" not in got.as_json()
+    assert got.ppl_increase == 0.0
+
+
+# ---- what is refused -----------------------------------------------------------------------------------------------
+
+
+class Spoilt:
+    """A session whose logits are not numbers once it has run a certain place of a window."""
+
+    def __init__(self, session: Session, at: int, value: float) -> None:
+        self._session, self._at, self._value = session, at, value
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._session, name)
+
+    def run(self, ids: list[int], cache: KVCache, *, every_row: bool = False) -> np.ndarray:
+        before = len(cache)
+        logits = self._session.run(ids, cache, every_row=every_row)
+        if len(cache) > self._at:
+            logits = logits.copy()
+            logits[max(0, self._at - before) if every_row else 0 :, 7] = self._value
+        return logits
+
+    def prefill(self, ids: list[int], cache: KVCache) -> None:
+        self.run(ids, cache)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("at", [3, 49, 50, 98])
+def test_logits_that_are_not_numbers(session: Session, at: int, value: float) -> None:
+    spoilt: Any = Spoilt(session, at, value)
+    for model, reference in ((spoilt, session), (session, spoilt)):
+        with pytest.raises(BundleError, match=rf"not finite numbers at token {at} of the text \(id {IDS[at]}\)") as e:
+            evaluate(model, IDS, reference=reference, context=100)
+        assert str(session.bundle.path) in str(e.value)
 
 
 def test_refusals(session: Session, tiny_bundle: Path) -> None:
