@@ -101,6 +101,7 @@ def _own_model(out: Path, screen: Screen, train_seconds: float, seed: int) -> li
 
 
 def _chat_model(out: Path, screen: Screen) -> list[Row]:
+    from gptedge.evaluate.sample import sample_text
     from gptedge.model import load
     from gptedge.pull import pull
 
@@ -117,7 +118,7 @@ def _chat_model(out: Path, screen: Screen) -> list[Row]:
                     screen.piece(chunk.text)
             screen.piece("\n")
     with load(bundles[0]) as model:
-        ids = model.tokenizer.encode(_documentation())
+        ids = model.tokenizer.encode(sample_text())
     return _judge("smollm2", bundles, ids, screen)
 
 
@@ -196,10 +197,3 @@ def _judge(name: str, bundles: Sequence[Path], ids: Sequence[int], screen: Scree
 
 def _size(model: Any) -> float:
     return float(round(model.bundle.size_bytes / 1e6, 2))
-
-
-def _documentation() -> str:
-    """Python's language reference, as text to evaluate on."""
-    from pydoc_data.topics import topics
-
-    return "\n\n".join(topics[name] for name in sorted(topics))

@@ -151,6 +151,7 @@ def test_help_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
         "quantize",
         "eval",
         "bench",
+        "report",
         "generate",
         "chat",
         "serve",

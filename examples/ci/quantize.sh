@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# Export a checkpoint, quantize it, and fail when the result is too large or too far from the original.
+#
+#   SOURCE   the checkpoint: a Hugging Face folder, a .gguf file or a nanoGPT .pt file
+#   TEXT     UTF-8 text to measure on, 16,000 tokens or more; other text than the model is calibrated on
+#   WORK     where everything goes: fp32/ and quantized/ (bundles), eval.json   (default: build)
+#   RECIPE   of gptedge quantize                                               (default: int8)
+#   CALIBRATION                                   text for recipes that learn from data (optional)
+#   MAX_SIZE_MB MAX_KL MIN_TOP1 MAX_PPL_INCREASE  bounds (optional)
+#   BASELINE                                      an earlier eval.json to be no worse than (optional)
+#
+# Ends with gptedge's exit code: 4 when a gate failed.
+set -euo pipefail
+
+work=${WORK:-build}
+mkdir -p "$work"
+
+options=()
+option() { # option FLAG VALUE: adds both, unless the value is empty
+    if [ -n "$2" ]; then options+=("$1" "$2"); fi
+}
+
+echo "::group::export"
+gptedge export "${SOURCE:?set SOURCE to the checkpoint}" "$work/fp32" --force
+echo "::endgroup::"
+
+echo "::group::quantize"
+option --calibration "${CALIBRATION:-}"
+gptedge quantize "$work/fp32" "$work/quantized" --recipe "${RECIPE:-int8}" ${options[@]+"${options[@]}"} --force
+echo "::endgroup::"
+
+options=()
+option --max-size-mb "${MAX_SIZE_MB:-}"
+option --max-kl "${MAX_KL:-}"
+option --min-top1 "${MIN_TOP1:-}"
+option --max-ppl-increase "${MAX_PPL_INCREASE:-}"
+option --baseline "${BASELINE:-}"
+gptedge eval "$work/quantized" --reference "$work/fp32" --text "${TEXT:?set TEXT to a text file}" \
+    ${options[@]+"${options[@]}"} --json >"$work/eval.json"

@@ -1,0 +1,76 @@
+"""gptedge report: one HTML page that sets bundles side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gptedge.cli.common import Force, Json, Threads, emit, needs, progress
+from gptedge.errors import OutputExistsError, UsageError
+
+if TYPE_CHECKING:
+    from gptedge.quantize.report import ReportData
+
+
+def command(
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="DIR...", help="Bundles, training runs, or folders that hold some.")
+    ],
+    out: Annotated[Path, typer.Option(help="The page.")] = Path("report.html"),
+    text: Annotated[
+        Path | None, typer.Option(help="UTF-8 text to measure on (default: Python's language reference).")
+    ] = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="The bundle to compare with (default: the one that is fp32, or fp16).")
+    ] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens of a window (default 512).")] = None,
+    max_windows: Annotated[int, typer.Option(help="Windows of the text to measure on.")] = 8,
+    threads: Threads = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Set bundles side by side on one HTML page: size, quality, speed, where rounding hurts."""
+    _check_out(out, force=force)
+    with needs("quantize"):
+        from gptedge.quantize.report import collect
+    from gptedge.evaluate.divergence import DEFAULT_CONTEXT
+    from gptedge.evaluate.sample import SAMPLE_NAME, sample_text
+    from gptedge.text import read_text
+
+    with progress("report") as report:
+        data = collect(
+            folders,
+            text=sample_text() if text is None else read_text(text),
+            text_name=SAMPLE_NAME if text is None else text.name,
+            reference=reference,
+            context=context or DEFAULT_CONTEXT,
+            max_windows=max_windows,
+            threads=threads,
+            report=report,
+        )
+    _write(out, data)
+    emit({"page": str(out), **data.as_json()}, as_json=as_json, lines=[f"{out}: {_what(data)}"])
+
+
+def _check_out(out: Path, *, force: bool) -> None:
+    if out.is_dir():
+        raise UsageError(f"{out} is a folder, and the page is a file; choose another --out")
+    if out.exists() and not force:
+        raise OutputExistsError(f"{out} exists already; choose another output or add --force")
+
+
+def _write(out: Path, data: ReportData) -> None:
+    from gptedge import __version__
+    from gptedge.files import new_file
+    from gptedge.quantize.report_page import page
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with new_file(out) as work:
+        work.write_text(page(data, version=__version__), encoding="utf-8")
+
+
+def _what(data: ReportData) -> str:
+    parts = [f"{len(data.bundles)} bundles on {data.tokens} positions"] if data.bundles else []
+    return ", ".join([*parts, *([f"{len(data.runs)} training runs"] if data.runs else [])])
