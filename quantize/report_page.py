@@ -114,8 +114,8 @@ def _row(b: BundleReport, i: int, most: dict[str, float]) -> str:
         _bar(f"{b.size_mb:.1f}", b.size_mb, most["size"]),
         f"{b.perplexity:.3f}",
         "reference" if b.is_reference else _change(b.ppl_increase) + spread,
-        _bar(f"{kl['mean']:.4f}", kl["mean"], most["kl"]) if kl else "–",
-        f"{kl['p99']:.3f}" if kl else "–",
+        _bar(f"{kl['mean']:.3g}", kl["mean"], most["kl"]) if kl else "–",
+        f"{kl['p99']:.3g}" if kl else "–",
         f"{b.top1_agreement:.1%}" if b.top1_agreement is not None else "–",
         _bar(f"{b.decode_tokens_per_s:.1f}", b.decode_tokens_per_s, most["speed"]),
     ]
@@ -142,7 +142,7 @@ def _plot(data: ReportData) -> str:
     points = [
         Point(
             b.name,
-            f"{b.size_mb:.1f} MB · KL {_kl(b):.4g} · {b.decode_tokens_per_s:.0f} tokens/s",
+            f"{b.size_mb:.1f} MB · KL {_kl(b):.3g} · {b.decode_tokens_per_s:.0f} tokens/s",
             b.size_mb,
             _kl(b) or None,
             b.decode_tokens_per_s,
@@ -168,7 +168,8 @@ def _plot(data: ReportData) -> str:
 
 def _heat_map(bundle: BundleReport) -> str:
     weights = bundle.weights
-    errors = [w.error for w in weights if w.error is not None]
+    inside = [w for w in weights if w.layer is not None] or weights
+    errors = [w.error for w in inside if w.error is not None]
     if not errors:
         return f"<h3>{escape(bundle.name)}</h3>\n<p>{_NOTHING}</p>\n"
     low, high = min(errors), max(errors)
@@ -221,7 +222,9 @@ def _outside(weight: WeightError, low: float, high: float) -> str:
 
 
 def _strength(error: float, low: float, high: float) -> int:
-    return round(6 + 64 * (error - low) / (high - low)) if high > low else 6
+    """Percent of the strongest colour; letters stay readable up to 70. What stands outside the layers is clamped."""
+    share = (error - low) / (high - low) if high > low else 0.0
+    return round(6 + 64 * min(1.0, max(0.0, share)))
 
 
 def _percent(error: float) -> str:
@@ -269,7 +272,7 @@ def _difference(d: Difference, name: str, reference: str) -> str:
 
 
 def _piece(piece: Piece, is_the_token: bool) -> str:
-    text = escape(piece.text.replace("\n", "↵"))
+    text = escape(piece.text).replace("\n", '<i class="end">↵</i> ')
     if is_the_token:
         return f"<mark>{text}</mark>"
     shade = sum((piece.kl or 0) >= bound for bound in _SHADES)
@@ -312,7 +315,7 @@ def _footer(data: ReportData, version: str) -> str:
     return (
         f"<p>Measured on {escape(str(data.text))}: {data.tokens:,} positions, each with at least half a window of "
         f"context (tokens {escape(str(data.ids_sha256))}). KL divergence in nats; the interval of the change is 95%, "
-        "from the windows' spread. A weight's error is that of its stored values, ‖Wq − W‖ / ‖W‖, in percent; – where the "
-        "two cannot be compared. Speed is greedy decoding after a short prompt on this machine "
+        "from the windows' spread. A weight's error is that of its stored values, ‖Wq − W‖ / ‖W‖, in percent; – where "
+        "the two cannot be compared. Speed is greedy decoding after a short prompt on this machine "
         f"({data.threads} threads, {escape(str(data.provider))}).</p><p>Made by gptedge {escape(version)}.</p>"
     )

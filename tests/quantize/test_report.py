@@ -1,0 +1,406 @@
+"""Reports: the numbers against plain computations of the same, what is refused, and a page that needs nothing else."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import replace
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from gptedge.bundle import open_bundle
+from gptedge.cli import main
+from gptedge.errors import BundleError, DataError, UsageError
+from gptedge.evaluate.divergence import score
+from gptedge.model import load
+from gptedge.quantize.quantizer import quantize
+from gptedge.quantize.report import (
+    ReportData,
+    choose_reference,
+    collect,
+    differences,
+    find,
+    read_run,
+)
+from gptedge.quantize.report_charts import Point, curve, log_ticks, scatter, ticks
+from gptedge.quantize.report_page import page
+from gptedge.quantize.report_weights import WeightError, _error, weight_errors
+from tests.conftest import TEXT
+
+RECIPES = ("int8", "int4-rtn")
+
+
+@pytest.fixture(scope="module")
+def bundles(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with three bundles, a training run, and other things that are neither."""
+    folder = tmp_path_factory.mktemp("bundles")
+    shutil.copytree(tiny_bundle, folder / "a & <b>")
+    for recipe in RECIPES:
+        quantize(tiny_bundle, folder / recipe, recipe=recipe, threads=1)
+    (folder / "run").mkdir()
+    lines = [{"step": i, "loss": 5 - i / 500, "val_loss": 4.5 if i == 900 else None} for i in range(1, 901)]
+    (folder / "run" / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (folder / "empty").mkdir()
+    (folder / "notes.txt").touch()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def measured(bundles: Path) -> ReportData:
+    return collect([bundles], text=TEXT, text_name="text.txt", context=64, max_windows=4, threads=1)
+
+
+@pytest.fixture(scope="module")
+def html(measured: ReportData) -> str:
+    return page(measured, version="1.2.3")
+
+
+# ---- numbers -------------------------------------------------------------------------------------------------------
+
+
+def test_every_bundle_and_run_is_measured(measured: ReportData, bundles: Path) -> None:
+    assert [b.name for b in measured.bundles] == ["a & <b>", "int4-rtn", "int8"]
+    assert [b.is_reference for b in measured.bundles] == [True, False, False]
+    assert measured.reference == "a & <b>"
+    assert measured.tokens == 4 * 31
+    for bundle in measured.bundles:
+        assert bundle.size_mb == round(open_bundle(bundles / bundle.name).size_bytes / 1e6, 2)
+        assert bundle.decode_tokens_per_s > 0
+    by_name = {b.name: b for b in measured.bundles}
+    assert by_name["int8"].kl_divergence is not None
+    assert by_name["int4-rtn"].kl_divergence is not None
+    assert 0 < by_name["int8"].kl_divergence["mean"] < by_name["int4-rtn"].kl_divergence["mean"]
+    assert [run.name for run in measured.runs] == ["run"]
+
+
+def plain_weight(graph: onnx.GraphProto, name: str, bits: int, width: int) -> np.ndarray:
+    """Written out from the description of MatMulNBits, with none of the code that is tested."""
+    arrays = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
+    packed, scales = arrays[f"{name}.packed"], arrays[f"{name}.scales"].astype(np.float64)
+    rows, blocks = scales.shape
+    values = np.zeros((rows, blocks, packed.shape[2] * 8 // bits))
+    for i in range(values.shape[2]):
+        values[:, :, i] = packed[:, :, i] if bits == 8 else packed[:, :, i // 2] >> (4 * (i % 2)) & 15
+    zero = np.full((rows, blocks), 2 ** (bits - 1))
+    if f"{name}.zero_points" in arrays:
+        points = arrays[f"{name}.zero_points"]
+        for b in range(blocks):
+            zero[:, b] = points[:, b // 2] >> (4 * (b % 2)) & 15
+    return ((values - zero[:, :, None]) * scales[:, :, None]).reshape(rows, -1)[:, :width]
+
+
+@pytest.mark.parametrize(("recipe", "bits"), [("int8", 8), ("int4-rtn", 4)])
+def test_weight_errors_against_a_plain_computation(bundles: Path, recipe: str, bits: int) -> None:
+    got = {w.name: w for w in weight_errors(bundles / recipe, bundles / "a & <b>")}
+    graph = onnx.load(bundles / recipe / "model.onnx").graph
+    originals = {
+        t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(bundles / "a & <b>" / "model.onnx").graph.initializer
+    }
+    assert len(got) == 3 * 4 + 1
+    for name, weight in got.items():
+        w = originals[name].astype(np.float64)
+        own_bits = 8 if name == "embed.weight" else bits
+        expected = np.linalg.norm(plain_weight(graph, name, own_bits, w.shape[1]) - w) / np.linalg.norm(w)
+        assert weight.error == pytest.approx(expected, rel=1e-4), name
+    first = got["blocks.0.attn.qkv.weight"]
+    assert (first.layer, first.kind, first.stored) == (
+        0,
+        "attn.qkv",
+        f"{bits}-bit, blocks of {32 if bits == 4 else 64}",
+    )
+    assert (got["embed.weight"].layer, got["embed.weight"].kind) == (None, "embed")
+
+
+def test_half_precision_has_an_error_too(tiny_checkpoint: Path, bundles: Path, tmp_path: Path) -> None:
+    from gptedge.export.exporter import export
+
+    half = export(tiny_checkpoint, tmp_path / "half", dtype="fp16").bundle
+    errors = weight_errors(half, bundles / "a & <b>")
+    assert {w.stored for w in errors} == {"float16"}
+    assert all(w.error is not None and 1e-5 < w.error < 1e-3 for w in errors)
+    small = quantize(half, tmp_path / "small", recipe="int8", threads=1).bundle
+    for reference in (half, bundles / "a & <b>"):
+        assert all(w.error is not None and 1e-3 < w.error < 1e-2 for w in weight_errors(small, reference))
+
+
+def rows_of(values: np.ndarray) -> Any:
+    return SimpleNamespace(shape=values.shape, label="", rows=lambda a, b: values[a:b].astype(np.float32))
+
+
+def test_rescaled_weights_are_not_compared() -> None:
+    rng = np.random.default_rng(0)
+    w = rng.standard_normal((96, 84))
+    noisy = w + 0.3 * rng.standard_normal(w.shape)
+    assert _error(rows_of(noisy), rows_of(w)) == pytest.approx(0.3, rel=0.05)
+    columns, rows = np.exp(rng.uniform(-0.25, 0.25, 84)), np.exp(rng.uniform(-0.25, 0.25, (96, 1)))
+    for changed in (noisy * columns, noisy * rows, -w, np.zeros_like(w), w[:-1]):
+        assert _error(rows_of(changed), rows_of(w)) is None
+    assert _error(None, rows_of(w)) is None
+    assert _error(rows_of(w), rows_of(np.zeros_like(w))) is None
+    assert _error(rows_of(w), rows_of(w)) == 0.0
+
+
+def test_layouts_of_others_are_not_guessed(bundles: Path, measured: ReportData, tmp_path: Path) -> None:
+    copy = tmp_path / "other"
+    shutil.copytree(bundles / "int4-rtn", copy)
+    model = onnx.load(copy / "model.onnx", load_external_data=False)
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "bits" and "attn.o" in node.input[1]:
+                attribute.i = 2
+    (copy / "model.onnx").write_bytes(model.SerializeToString())
+    errors = weight_errors(copy, bundles / "a & <b>")
+    unknown = [w for w in errors if w.error is None]
+    assert {(w.kind, w.layer, w.stored) for w in unknown} == {("attn.o", i, "unknown") for i in range(3)}
+
+    def shown(weights: list[WeightError]) -> str:
+        return page(replace(measured, bundles=[replace(measured.bundles[1], weights=weights)]), version="1")
+
+    assert shown(errors).count(">–</td>") == 3
+    assert "No weight is stored in a way" in shown(unknown)
+
+
+def test_differences_are_the_largest(bundles: Path) -> None:
+    with load(bundles / "a & <b>", threads=1) as original, load(bundles / "int4-rtn", threads=1) as model:
+        ids = original.tokenizer.encode(TEXT)
+        scores = score(model.session, ids, reference=original.session, context=100, max_windows=5)
+        got = differences(scores, original.tokenizer)
+        assert scores.kl is not None
+        assert got[0].kl == scores.kl.max()
+        assert [d.kl for d in got] == sorted((d.kl for d in got), reverse=True)
+        for d in got:
+            window = d.place // 100
+            assert d.place % 100 > 50
+            assert d.token == original.tokenizer.decode([ids[d.place]], skip_special_tokens=False)
+            text = "".join(piece.text for piece in d.excerpt)
+            first = max(window * 100, d.place - 40)
+            assert text in original.tokenizer.decode(ids[first : d.place + 13]) + "\ufffd"
+            assert d.excerpt[d.at].kl == d.kl
+            logits = original.session.run(ids[window * 100 : d.place], original.session.new_cache(), every_row=True)[
+                -1
+            ].astype(np.float64)
+            p = np.exp(logits - logits.max())
+            p /= p.sum()
+            assert d.reference.probability == pytest.approx(p.max(), rel=1e-2)
+            assert d.reference.probability_of_token == pytest.approx(p[ids[d.place]], rel=1e-2)
+            assert d.reference.likeliest == original.tokenizer.decode([int(p.argmax())], skip_special_tokens=False)
+
+
+# ---- the page ------------------------------------------------------------------------------------------------------
+
+
+class Elements(HTMLParser):
+    """Tags with their attributes, and the text of table cells; fails on tags that are not closed in order."""
+
+    VOID = ("meta", "link", "br")
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.cells: dict[str, list[str]] = {}
+        self.open: list[str] = []
+        self.row = ""
+        self.text: list[str] | None = None
+        self.feed(html)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+        if tag in ("th", "td"):
+            self.text = []
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, self.getpos()
+        if tag in ("th", "td") and self.text is not None:
+            content = "".join(self.text)
+            if tag == "th":
+                self.row = content
+                self.cells.setdefault(content, [])
+            else:
+                self.cells[self.row].append(content)
+            self.text = None
+
+    def handle_data(self, data: str) -> None:
+        if self.text is not None:
+            self.text.append(data)
+
+
+def test_page_stands_alone(html: str) -> None:
+    elements = Elements(html)
+    for tag, attributes in elements.tags:
+        assert tag not in ("script", "link", "img", "iframe", "object", "base")
+        for name, value in attributes.items():
+            assert name not in ("src", "href", "srcset", "action"), tag
+            assert not name.startswith("on"), tag
+            assert not re.search("https?:", value or ""), (tag, name)
+    assert "url(" not in html
+    assert "@import" not in html
+    assert any(a.get("http-equiv") == "Content-Security-Policy" for _, a in elements.tags)
+
+
+def test_page_shows_every_number(html: str, measured: ReportData) -> None:
+    cells = Elements(html).cells
+    for b in measured.bundles:
+        shown = cells[b.name]
+        assert shown[:3] == [b.recipe, f"{b.size_mb:.1f}", f"{b.perplexity:.3f}"]
+        assert shown[7] == f"{b.decode_tokens_per_s:.1f}"
+        if b.kl_divergence:
+            assert float(shown[4]) == pytest.approx(b.kl_divergence["mean"], rel=5e-3)
+            assert shown[6] == f"{b.top1_agreement:.1%}"
+        for weight in b.weights:
+            assert weight.error is not None
+            assert f"{weight.name}: {weight.error:.3%}" in html or weight.layer is None
+        for d in b.differences:
+            assert f"<strong>{d.kl:.2f}</strong>" in html
+    assert "a &amp; &lt;b&gt;" in html
+    assert "<b>" not in html
+    assert html.count("<polyline") == 2
+    assert "900 steps, loss 3.200, 4.500 held out" in html
+
+
+def test_page_is_readable_without_seeing_it(html: str) -> None:
+    elements = Elements(html)
+    charts = [a for tag, a in elements.tags if tag == "svg" and a.get("role") == "img"]
+    assert len(charts) == 2
+    assert html.count("<desc>") == 2
+    named = {a["aria-labelledby"] for tag, a in elements.tags if tag == "section"}
+    assert named == {a["id"] for tag, a in elements.tags if tag == "h2"}
+    assert all(a.get("aria-label") for _, a in elements.tags if a.get("role") == "region")
+    assert ("html", {"lang": "en"}) in elements.tags
+
+
+def test_page_of_one_bundle_or_of_runs_alone(measured: ReportData) -> None:
+    alone = page(replace(measured, bundles=measured.bundles[:1], runs=[]), version="1")
+    assert "<h1>a &amp; &lt;b&gt;</h1>" in alone
+    runs = page(ReportData(None, None, 0, None, None, None, [], measured.runs), version="1")
+    assert Elements(runs).tags
+    assert "held out" in runs
+
+
+# ---- charts --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 581.3), (0, 3.1), (2.5, 2.51), (0, 90_000), (-1, 1)])
+def test_ticks_are_few_and_round(low: float, high: float) -> None:
+    got = ticks(high, low)
+    assert 3 <= len(got) <= 7
+    assert all(low - 1e-9 <= t <= high + 1e-9 for t in got)
+    assert len({round(b - a, 9) for a, b in pairwise(got)}) == 1
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.003, 0.4), (0.0077, 0.22), (1e-6, 1.0), (0.1, 0.3)])
+def test_logarithmic_ticks(low: float, high: float) -> None:
+    got = log_ticks(low, high)
+    assert 1 <= len(got) <= 8
+    assert all(low <= t <= high for t in got)
+
+
+def test_charts_of_little_or_equal_data() -> None:
+    same = [Point(n, "note", 5.0, y, 0.0, "s0") for n, y in (("a", None), ("b", 0.1), ("c", 0.1))]
+    labels = re.findall(r'<text x="[\d.]+%" y="([\d.]+)" [^>]*class="name"', scatter(same, **dict.fromkeys(
+        ("title", "description", "x_label", "y_label"), "")))  # fmt: skip
+    assert len(set(labels)) == 3
+    assert "nan" not in scatter(same[:1], title="", description="", x_label="", y_label="")
+    assert "nan" not in curve([("loss", "s0", [(1, 2.0)])], title="", description="")
+
+
+# ---- training runs -------------------------------------------------------------------------------------------------
+
+
+def test_run_is_thinned_and_its_end_kept(bundles: Path) -> None:
+    run = read_run(bundles / "run", "run")
+    assert len(run.points) == 400
+    assert run.points[0][1] == pytest.approx(np.mean([5 - 1 / 500, 5 - 2 / 500, 5 - 3 / 500]))
+    assert (run.steps, run.loss, run.val_loss) == (900, 3.2, 4.5)
+    assert run.val_points == [(900, 4.5)]
+
+
+@pytest.mark.parametrize(
+    "content",
+    ['{"step": 1}', "[]", "{", '{"step": 1, "loss": null}', '{"step": 1, "loss": NaN}', '{"step": "x", "loss": 1}'],
+)
+def test_metrics_of_another_kind(tmp_path: Path, content: str) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n' + content)
+    with pytest.raises(DataError, match=r"metrics.jsonl, line 2, has no step and loss"):
+        read_run(tmp_path, "x")
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(DataError, match="is empty"):
+        read_run(tmp_path, "x")
+
+
+# ---- what is refused -----------------------------------------------------------------------------------------------
+
+
+def test_folders_that_are_neither(bundles: Path, tmp_path: Path) -> None:
+    for folder, message in ((tmp_path, "holds no bundle"), (tmp_path / "no", "does not exist")):
+        with pytest.raises(BundleError, match=message):
+            find([folder])
+    with pytest.raises(BundleError, match="is not a folder"):
+        find([bundles / "notes.txt"])
+    found = find([bundles / "int8", bundles, bundles / "int8"])
+    assert [p.name for p in found[0]] == ["int8", "a & <b>", "int4-rtn"]
+
+
+def test_reference_must_be_plain(bundles: Path, tiny_bundle: Path) -> None:
+    with pytest.raises(UsageError, match="none of the bundles is fp32 or fp16"):
+        choose_reference([bundles / "int8"], None)
+    with pytest.raises(UsageError, match=r"2 bundles are fp32 .*--reference"):
+        choose_reference([bundles / "a & <b>", tiny_bundle], None)
+    assert choose_reference([bundles / "int8"], tiny_bundle) == tiny_bundle
+
+
+def test_other_vocabularies_are_refused(bundles: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    from gptedge.checkpoint import read_json_object, write_checkpoint
+    from gptedge.export.exporter import export
+    from tests.conftest import random_weights, tiny_config
+
+    vocab = read_json_object(tiny_checkpoint / "config.json")["vocab_size"] + 1
+    config = tiny_config(vocab, n_layer=1)
+    files = {name: (tiny_checkpoint / name).read_bytes() for name in ("tokenizer.json", "tokenizer_config.json")}
+    write_checkpoint(tmp_path, config, random_weights(config), files, token_ids={"eos_token_id": 0})
+    other = export(tmp_path, tmp_path / "other", verify=False).bundle
+    with pytest.raises(UsageError, match=rf"vocabularies of {vocab} and {vocab - 1} tokens; report them apart"):
+        collect(
+            [bundles / "a & <b>", other], reference=bundles / "a & <b>", text=TEXT, text_name="t", context=64,
+            max_windows=1, threads=1,
+        )  # fmt: skip
+
+
+def test_command(bundles: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "t.txt").write_text(TEXT)
+    out = tmp_path / "new" / "r.html"
+    command = ["report", str(bundles / "a & <b>"), str(bundles / "int8"), "--out", str(out), "--context", "64"]
+    command += ["--text", str(tmp_path / "t.txt"), "--max-windows", "2", "--threads", "1"]
+    assert main([*command, "--json"]) == 0
+    got = json.loads(capsys.readouterr().out)
+    assert (got["page"], got["text"], got["reference"], got["tokens"]) == (str(out), "t.txt", "a & <b>", 62)
+    cells = Elements(out.read_text()).cells
+    for bundle in got["bundles"]:
+        assert cells[bundle["name"]][1:3] == [f"{bundle['size_mb']:.1f}", f"{bundle['perplexity']:.3f}"]
+    before = out.read_bytes()
+    assert main(command) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert main([*command, "--force", "--text", str(tmp_path / "none")]) == 1
+    assert main(["report", str(bundles), "--out", str(tmp_path)]) == 2
+    assert "is a folder" in capsys.readouterr().err
+    assert out.read_bytes() == before
+    assert sorted(p.name for p in out.parent.iterdir()) == ["r.html"]
+
+
+def test_default_text_is_there() -> None:
+    from gptedge.evaluate.sample import sample_text
+
+    assert len(sample_text()) > 200_000
