@@ -217,7 +217,7 @@ def _outside(weight: WeightError, low: float, high: float) -> str:
         return f'<span class="chip">{escape(weight.kind)} –</span>'
     return (
         f'<span class="chip" style="--v:{_strength(weight.error, low, high)}%">{escape(weight.kind)} '
-        f"{_percent(weight.error)}%, {escape(weight.stored)}</span>"
+        f"{100 * weight.error:.2g}%, {escape(weight.stored)}</span>"
     )
 
 
@@ -228,13 +228,15 @@ def _strength(error: float, low: float, high: float) -> int:
 
 
 def _percent(error: float) -> str:
-    """Three characters or so."""
+    """Two digits: thirty layers stand side by side."""
     value = 100 * error
-    return "0" if value == 0 else f"{value:.0f}" if value >= 10 else f"{value:.1f}" if value >= 1 else f"{value:.2f}"
+    return (
+        "0" if value == 0 else f"{value:.0f}" if value >= 10 else f"{value:.1f}" if value >= 1 else f"{value:.2f}"[1:]
+    )
 
 
 def _legend(low: float, high: float) -> str:
-    return f'<span class="legend">{_percent(low)}%<i></i>{_percent(high)}%</span>'
+    return f'<span class="legend">{100 * low:.2g}%<i></i>{100 * high:.2g}%</span>'
 
 
 def _storage(weights: Sequence[WeightError]) -> str:
@@ -282,8 +284,8 @@ def _piece(piece: Piece, is_the_token: bool) -> str:
 def _guess(name: str, guess: Guess, token: str) -> str:
     return (
         f"<dt>{escape(name)}</dt><dd>expected <code>{_visible(guess.likeliest)}</code>"
-        f'<i class="bar" style="--w:{100 * guess.probability:.0f}%"></i>{_chance(guess.probability)}; '
-        f"gave <code>{_visible(token)}</code> {_chance(guess.probability_of_token)}</dd>"
+        f'<i class="bar" style="--w:{100 * guess.probability:.0f}%"></i>{_chance(guess.probability)}, '
+        f"and gave the text's <code>{_visible(token)}</code> {_chance(guess.probability_of_token)}</dd>"
     )
 
 

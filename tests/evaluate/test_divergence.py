@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +149,43 @@ def test_refusals(session: Session, tiny_bundle: Path) -> None:
     other.vocab_size += 1
     with pytest.raises(UsageError, match="tokens in its vocabulary"):
         evaluate(session, IDS, reference=other)
+
+
+MEASURED = """
+import sys
+from gptedge.cli import main
+from gptedge.measure import peak_rss_mb
+code = main(sys.argv[1:])
+print(peak_rss_mb(), file=sys.stderr)
+sys.exit(code)
+"""
+
+
+def test_a_large_vocabulary_fits_in_two_gigabytes(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """As many tokens as Qwen has, the bundle and its reference together; and more text takes no more memory."""
+    from gptedge.checkpoint import write_checkpoint
+    from gptedge.export.exporter import export
+    from gptedge.quantize.quantizer import quantize
+    from tests.conftest import TEXT, random_weights, tiny_config
+
+    config = tiny_config(151_936, n_layer=1, n_embd=64, n_head=4, context_length=512)
+    files = {name: (tiny_checkpoint / name).read_bytes() for name in ("tokenizer.json", "tokenizer_config.json")}
+    write_checkpoint(tmp_path, config, random_weights(config), files, token_ids={"eos_token_id": 0})
+    whole = export(tmp_path, tmp_path / "fp32", verify=False).bundle
+    small = quantize(whole, tmp_path / "int8", recipe="int8").bundle
+    (tmp_path / "text").write_text(TEXT)
+
+    def peak(windows: int) -> float:
+        command = ["eval", small, "--reference", whole, "--text", tmp_path / "text", "--max-windows", windows, "--json"]
+        done = subprocess.run(
+            [sys.executable, "-c", MEASURED, *map(str, command)], capture_output=True, text=True, check=True
+        )
+        assert json.loads(done.stdout)["tokens"] == windows * 255
+        return float(done.stderr.split()[-1])
+
+    once = peak(1)
+    assert 100 < once < 1000
+    assert peak(3) < once + 100
 
 
 def test_bench_reports_every_key(session: Session) -> None:
