@@ -184,19 +184,20 @@ def collect(
     bundles = [reference, *(path for path in bundles if path.resolve() != reference.resolve())]
     made: list[BundleReport] = []
     with load(reference, threads=threads) as original:
-        ids = original.tokenizer.encode(text)[: max_windows * context]
+        ids = original.tokenizer.encode(text)
+        size = {"context": context, "max_windows": max_windows}
         for i, (path, name) in enumerate(zip(bundles, _names(bundles), strict=True)):
 
             def windows(done: int, total: int, note: str, i: int = i, name: str = name) -> None:
                 report(i * total + done, len(bundles) * total, name)
 
             if i == 0:
-                plain = summarize(score(original.session, ids, context=context, report=windows))
+                plain = summarize(score(original.session, ids, report=windows, **size))
                 made.append(_reference_report(original, name, plain))
                 continue
             with load(path, threads=threads) as model:
                 _check_same_tokens(model, original, text[:20_000])
-                scores = score(model.session, ids, reference=original.session, context=context, report=windows)
+                scores = score(model.session, ids, reference=original.session, report=windows, **size)
                 made.append(_bundle_report(model, original, name, scores))
         return ReportData(
             reference=made[0].name,
