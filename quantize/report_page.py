@@ -206,7 +206,7 @@ def _cell(weight: WeightError | None, low: float, high: float) -> str:
         return "<td></td>"
     if weight.error is None:
         return f'<td title="{escape(weight.name)}: {escape(weight.stored)}, not comparable">–</td>'
-    title = f"{weight.name}: {weight.error:.3%}, {weight.stored}"
+    title = f"{weight.name}: {weight.error:.3%}, {weight.stored}{', rescaled' if weight.rescaled else ''}"
     return (
         f'<td style="--v:{_strength(weight.error, low, high)}%" title="{escape(title)}">{_percent(weight.error)}</td>'
     )
@@ -312,12 +312,16 @@ def _run(run: RunReport) -> str:
 
 
 def _footer(data: ReportData, version: str) -> str:
+    made_by = f"<p>Made by gptedge {escape(version)}.</p>"
     if not data.bundles:
-        return f"<p>Made by gptedge {escape(version)}.</p>"
-    return (
-        f"<p>Measured on {escape(str(data.text))}: {data.tokens:,} positions, each with at least half a window of "
-        f"context (tokens {escape(str(data.ids_sha256))}). KL divergence in nats; the interval of the change is 95%, "
-        "from the windows' spread. A weight's error is that of its stored values, ‖Wq − W‖ / ‖W‖, in percent; – where "
-        "the two cannot be compared. Speed is greedy decoding after a short prompt on this machine "
-        f"({data.threads} threads, {escape(str(data.provider))}).</p><p>Made by gptedge {escape(version)}.</p>"
+        return made_by
+    notes = (
+        f"Measured on {escape(str(data.text))}: {data.tokens:,} positions, each with at least half a window of context "
+        f"(tokens {escape(str(data.ids_sha256))}).",
+        "KL divergence in nats; the interval of the change is 95%, from the windows' spread.",
+        "A weight's error is that of its stored values, ‖Wq − W‖ / ‖W‖, in percent, after fitting what a recipe "
+        "rescaled; – where the two cannot be compared.",
+        "Speed is greedy decoding after a short prompt on this machine "
+        f"({data.threads} threads, {escape(str(data.provider))}).",
     )
+    return f"<p>{' '.join(notes)}</p>{made_by}"

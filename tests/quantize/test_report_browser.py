@@ -80,7 +80,9 @@ def sample() -> ReportData:
 
     def bundle(name: str, size: float, kl: float | None, error: float) -> BundleReport:
         weights = [
-            WeightError(f"blocks.{i}.{k}.weight", i, k, "4-bit, blocks of 32", error * (1 + i / 30) if i else None)
+            WeightError(
+                f"blocks.{i}.{k}.weight", i, k, "4-bit, blocks of 32", error * (1 + i / 30) if i else None, False
+            )
             for i in range(30)
             for k in kinds
         ]
