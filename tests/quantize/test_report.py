@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import re
 import shutil
 from dataclasses import replace
-from html.parser import HTMLParser
-from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +13,6 @@ import onnx
 import pytest
 
 from gptedge.bundle import open_bundle
-from gptedge.cli import main
 from gptedge.errors import BundleError, DataError, UsageError
 from gptedge.evaluate.divergence import score
 from gptedge.model import load
@@ -30,38 +25,9 @@ from gptedge.quantize.report import (
     find,
     read_run,
 )
-from gptedge.quantize.report_charts import Point, curve, log_ticks, scatter, ticks
 from gptedge.quantize.report_page import page
 from gptedge.quantize.report_weights import WeightError, _error, weight_errors
 from tests.conftest import TEXT
-
-RECIPES = ("int8-weight", "int4-rtn")
-
-
-@pytest.fixture(scope="module")
-def bundles(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with three bundles, a training run, and other things that are neither."""
-    folder = tmp_path_factory.mktemp("bundles")
-    shutil.copytree(tiny_bundle, folder / "a & <b>")
-    for recipe in RECIPES:
-        quantize(tiny_bundle, folder / recipe, recipe=recipe, threads=1)
-    (folder / "run").mkdir()
-    lines = [{"step": i, "loss": 5 - i / 500, "val_loss": 4.5 if i == 900 else None} for i in range(1, 901)]
-    (folder / "run" / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    (folder / "empty").mkdir()
-    (folder / "notes.txt").touch()
-    return folder
-
-
-@pytest.fixture(scope="module")
-def measured(bundles: Path) -> ReportData:
-    return collect([bundles], text=TEXT, text_name="text.txt", context=64, max_windows=4, threads=1)
-
-
-@pytest.fixture(scope="module")
-def html(measured: ReportData) -> str:
-    return page(measured, version="1.2.3")
-
 
 # ---- numbers -------------------------------------------------------------------------------------------------------
 
@@ -214,129 +180,6 @@ def test_differences_are_the_largest(bundles: Path) -> None:
             assert d.reference.likeliest == original.tokenizer.decode([int(p.argmax())], skip_special_tokens=False)
 
 
-# ---- the page ------------------------------------------------------------------------------------------------------
-
-
-class Elements(HTMLParser):
-    """Tags with their attributes, and the text of table cells; fails on tags that are not closed in order."""
-
-    VOID = ("meta", "link", "br")
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.cells: dict[str, list[str]] = {}
-        self.open: list[str] = []
-        self.row = ""
-        self.text: list[str] | None = None
-        self.feed(html)
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-        if tag in ("th", "td"):
-            self.text = []
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag, self.getpos()
-        if tag in ("th", "td") and self.text is not None:
-            content = "".join(self.text)
-            if tag == "th":
-                self.row = content
-                self.cells.setdefault(content, [])
-            else:
-                self.cells[self.row].append(content)
-            self.text = None
-
-    def handle_data(self, data: str) -> None:
-        if self.text is not None:
-            self.text.append(data)
-
-
-def test_page_stands_alone(html: str) -> None:
-    elements = Elements(html)
-    for tag, attributes in elements.tags:
-        assert tag not in ("script", "link", "img", "iframe", "object", "base")
-        for name, value in attributes.items():
-            assert name not in ("src", "href", "srcset", "action"), tag
-            assert not name.startswith("on"), tag
-            assert not re.search("https?:", value or ""), (tag, name)
-    assert "url(" not in html
-    assert "@import" not in html
-    assert any(a.get("http-equiv") == "Content-Security-Policy" for _, a in elements.tags)
-
-
-def test_page_shows_every_number(html: str, measured: ReportData) -> None:
-    cells = Elements(html).cells
-    for b in measured.bundles:
-        shown = cells[b.name]
-        assert shown[:3] == [b.recipe, f"{b.size_mb:.1f}", f"{b.perplexity:.3f}"]
-        assert shown[7] == f"{b.decode_tokens_per_s:.1f}"
-        if b.kl_divergence:
-            assert float(shown[4]) == pytest.approx(b.kl_divergence["mean"], rel=5e-3)
-            assert shown[6] == f"{b.top1_agreement:.1%}"
-        for weight in b.weights:
-            assert weight.error is not None
-            assert f"{weight.name}: {weight.error:.3%}" in html or weight.layer is None
-        for d in b.differences:
-            assert f"<strong>{d.kl:.2f}</strong>" in html
-    assert "a &amp; &lt;b&gt;" in html
-    assert "<b>" not in html
-    assert html.count("<polyline") == 2
-    assert "900 steps, loss 3.200, 4.500 held out" in html
-
-
-def test_page_is_readable_without_seeing_it(html: str) -> None:
-    elements = Elements(html)
-    charts = [a for tag, a in elements.tags if tag == "svg" and a.get("role") == "img"]
-    assert len(charts) == 2
-    assert html.count("<desc>") == 2
-    named = {a["aria-labelledby"] for tag, a in elements.tags if tag == "section"}
-    assert named == {a["id"] for tag, a in elements.tags if tag == "h2"}
-    assert all(a.get("aria-label") for _, a in elements.tags if a.get("role") == "region")
-    assert ("html", {"lang": "en"}) in elements.tags
-
-
-def test_page_of_one_bundle_or_of_runs_alone(measured: ReportData) -> None:
-    alone = page(replace(measured, bundles=measured.bundles[:1], runs=[]), version="1")
-    assert "<h1>a &amp; &lt;b&gt;</h1>" in alone
-    runs = page(ReportData(None, None, 0, None, None, None, [], measured.runs), version="1")
-    assert Elements(runs).tags
-    assert "held out" in runs
-
-
-# ---- charts --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("low", "high"), [(0, 581.3), (0, 3.1), (2.5, 2.51), (0, 90_000), (-1, 1)])
-def test_ticks_are_few_and_round(low: float, high: float) -> None:
-    got = ticks(high, low)
-    assert 3 <= len(got) <= 7
-    assert all(low - 1e-9 <= t <= high + 1e-9 for t in got)
-    assert len({round(b - a, 9) for a, b in pairwise(got)}) == 1
-
-
-@pytest.mark.parametrize(("low", "high"), [(0.003, 0.4), (0.0077, 0.22), (1e-6, 1.0), (0.1, 0.3)])
-def test_logarithmic_ticks(low: float, high: float) -> None:
-    got = log_ticks(low, high)
-    assert 1 <= len(got) <= 8
-    assert all(low <= t <= high for t in got)
-
-
-def test_charts_of_little_or_equal_data() -> None:
-    same = [Point(n, "note", 5.0, y, 0.0, "s0") for n, y in (("a", None), ("b", 0.1), ("c", 0.1))]
-    labels = re.findall(r'<text x="[\d.]+%" y="([\d.]+)" [^>]*class="name"', scatter(same, **dict.fromkeys(
-        ("title", "description", "x_label", "y_label"), "")))  # fmt: skip
-    assert len(set(labels)) == 3
-    assert "nan" not in scatter(same[:1], title="", description="", x_label="", y_label="")
-    assert "nan" not in curve([("loss", "s0", [(1, 2.0)])], title="", description="")
-
-
 # ---- training runs -------------------------------------------------------------------------------------------------
 
 
@@ -397,27 +240,6 @@ def test_other_vocabularies_are_refused(bundles: Path, tiny_checkpoint: Path, tm
             [bundles / "a & <b>", other], reference=bundles / "a & <b>", text=TEXT, text_name="t", context=64,
             max_windows=1, threads=1,
         )  # fmt: skip
-
-
-def test_command(bundles: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "t.txt").write_text(TEXT)
-    out = tmp_path / "new" / "r.html"
-    command = ["report", str(bundles / "a & <b>"), str(bundles / "int8-weight"), "--out", str(out), "--context", "64"]
-    command += ["--text", str(tmp_path / "t.txt"), "--max-windows", "2", "--threads", "1"]
-    assert main([*command, "--json"]) == 0
-    got = json.loads(capsys.readouterr().out)
-    assert (got["page"], got["text"], got["reference"], got["tokens"]) == (str(out), "t.txt", "a & <b>", 62)
-    cells = Elements(out.read_text()).cells
-    for bundle in got["bundles"]:
-        assert cells[bundle["name"]][1:3] == [f"{bundle['size_mb']:.1f}", f"{bundle['perplexity']:.3f}"]
-    before = out.read_bytes()
-    assert main(command) == 2
-    assert "exists already" in capsys.readouterr().err
-    assert main([*command, "--force", "--text", str(tmp_path / "none")]) == 1
-    assert main(["report", str(bundles), "--out", str(tmp_path)]) == 2
-    assert "is a folder" in capsys.readouterr().err
-    assert out.read_bytes() == before
-    assert sorted(p.name for p in out.parent.iterdir()) == ["r.html"]
 
 
 def test_default_text_is_there() -> None:
