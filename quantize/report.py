@@ -185,7 +185,7 @@ def collect(
     made: list[BundleReport] = []
     with load(reference, threads=threads) as original:
         ids = original.tokenizer.encode(text)
-        size = {"context": context, "max_windows": max_windows}
+        size: dict[str, Any] = {"context": context, "max_windows": max_windows}
         for i, (path, name) in enumerate(zip(bundles, _names(bundles), strict=True)):
 
             def windows(done: int, total: int, note: str, i: int = i, name: str = name) -> None:
