@@ -318,10 +318,10 @@ def test_pytorch_gpt_reads_it_too(written: tuple[str, Any, Path]) -> None:
     assert np.abs(got - expected).max() <= 1e-3 * expected.std()
 
 
+@pytest.mark.parametrize("written", READ_BY_TRANSFORMERS, indirect=True)
 def test_transformers_reads_the_same(written: tuple[str, Any, Path]) -> None:
-    name, model, path = written
-    if name not in READ_BY_TRANSFORMERS:
-        pytest.skip("transformers does not read this architecture's GGUF, or not this option of it")
+    """Those architectures, and options of them, that it reads."""
+    _, model, path = written
     peer = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     ids = ids_of(60)
     expected = logits_of(model, ids)
