@@ -11,7 +11,7 @@ from gptedge.quantize.report_charts import Point, curve, scatter
 from gptedge.quantize.report_weights import WeightError
 
 _COLOURS = 6  # classes s0 to s5 in the style sheet
-_SHADES = (0.1, 0.5, 1.5, 3.0)  # nats from which a token of an excerpt is marked more strongly
+_SHADES = (0.25, 0.75, 2.0, 4.0)  # nats from which a token of an excerpt is marked more strongly
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
@@ -294,7 +294,7 @@ def _visible(token: str) -> str:
 
 
 def _chance(p: float) -> str:
-    return f"{p:.0%}" if p >= 0.0995 else f"{p:.1%}" if p >= 0.001 else f"{p:.0e}"
+    return f"{p:.0%}" if p >= 0.0995 else f"{p:.1%}" if p >= 0.001 else f"{100 * p:.1g}%"
 
 
 # ---- training ------------------------------------------------------------------------------------------------------
