@@ -29,10 +29,11 @@ from typing import Any
 
 ONNXRUNTIME, TORCH = "onnxruntime==1.31.1", "torch==2.13.0"
 GENAI = ("onnxruntime-genai==0.18.0", ONNXRUNTIME)
+OFFLINE = {"HF_HUB_OFFLINE": "1", "ORT_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
 _STAMP = "complete.json"
 _BORROWED = "borrowed.pth"
 # The build of llama.cpp for AMX crashes on processors that have it; AVX2 is what every peer here can count on.
-_LLAMA_CPP_BUILD = "-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON -DGGML_AMX_TILE=OFF"
+_LLAMA_CPP_BUILD = "-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON -DLLAVA_BUILD=OFF"
 
 
 class PeerError(RuntimeError):
@@ -60,7 +61,8 @@ PEERS: Mapping[str, Peer] = {
     "optimum": Peer(("optimum-onnx==0.1.0", "transformers==4.57.6", TORCH, ONNXRUNTIME), borrows=TORCH),
     "llama-cpp": Peer(
         ("llama-cpp-python==0.3.36",),
-        pip_options=("--no-binary", "llama-cpp-python"),
+        # A wheel in pip's cache may have been built with other options.
+        pip_options=("--no-binary", "llama-cpp-python", "--no-cache-dir"),
         variables={"CMAKE_ARGS": _LLAMA_CPP_BUILD, "CMAKE_BUILD_PARALLEL_LEVEL": "2"},
     ),
 }
@@ -88,9 +90,8 @@ def run_json(name: str, program: Path, work: Any) -> Any:
 
     Nothing is fetched from hubs meanwhile. Raises PeerError with the program's last lines when it fails.
     """
-    offline = {"HF_HUB_OFFLINE": "1", "ORT_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(
-        [environment(name), program], input=json.dumps(work), capture_output=True, text=True, env=os.environ | offline
+        [environment(name), program], input=json.dumps(work), capture_output=True, text=True, env=os.environ | OFFLINE
     )
     if done.returncode:
         raise PeerError(f"{program.name} failed in {name} with {done.returncode}:\n{done.stderr[-2000:]}")

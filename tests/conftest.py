@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -88,3 +91,27 @@ def quantized_bundle(request: pytest.FixtureRequest, tiny_bundle: Path) -> Path:
     from gptedge.quantize.quantizer import quantize
 
     return quantize(tiny_bundle, tiny_bundle.parent / request.param, recipe=request.param).bundle
+
+
+def gptedge_json(*arguments: object, **environment: str) -> dict:
+    done = subprocess.run(
+        [sys.executable, "-m", "gptedge", *map(str, arguments), "--json"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with the GGUF and the three bundles made of it, each by the command; half a minute."""
+    folder = tmp_path_factory.mktemp("smollm2")
+    pulled = gptedge_json("pull", "smollm2-135m-instruct", "--out", folder)
+    exported = gptedge_json("export", pulled["path"], folder / "fp32")
+    assert exported["parity"]["greedy_tokens_equal"] == exported["parity"]["greedy_tokens_compared"]
+    for recipe, limit in (("int8", 142), ("int4-rtn", 92)):
+        made = gptedge_json("quantize", folder / "fp32", folder / recipe, "--recipe", recipe, "--max-size-mb", limit)
+        assert made["gates"][0]["ok"]
+    return folder

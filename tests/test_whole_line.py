@@ -2,28 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import gptedge
+from tests.conftest import gptedge_json
 
 QUESTION = "What is gravity? Answer in two sentences."
-
-
-def gptedge_json(*arguments: object, **environment: str) -> dict:
-    done = subprocess.run(
-        [sys.executable, "-m", "gptedge", *map(str, arguments), "--json"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **environment},
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
 
 
 @pytest.mark.slow
@@ -47,19 +33,6 @@ def test_demo_without_a_package_index(tmp_path: Path) -> None:
         assert ids == ours.tokenizer.encode("The with statement is used to")
         theirs = model.generate(torch.tensor([ids]), max_new_tokens=60, do_sample=False)[0, len(ids) :].tolist()
         assert list(ours.run("The with statement is used to", max_tokens=60).token_ids) == theirs
-
-
-@pytest.fixture(scope="module")
-def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder with the GGUF and the three bundles made of it, each by the command."""
-    folder = tmp_path_factory.mktemp("smollm2")
-    pulled = gptedge_json("pull", "smollm2-135m-instruct", "--out", folder)
-    exported = gptedge_json("export", pulled["path"], folder / "fp32")
-    assert exported["parity"]["greedy_tokens_equal"] == exported["parity"]["greedy_tokens_compared"]
-    for recipe, limit in (("int8", 142), ("int4-rtn", 92)):
-        made = gptedge_json("quantize", folder / "fp32", folder / recipe, "--recipe", recipe, "--max-size-mb", limit)
-        assert made["gates"][0]["ok"]
-    return folder
 
 
 @pytest.mark.slow

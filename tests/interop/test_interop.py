@@ -1,0 +1,45 @@
+"""Other runtimes, in environments of their own, give the greedy tokens that gptedge gives on the very same folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peers
+import pytest
+
+import gptedge
+
+HERE = Path(__file__).parent
+PROMPTS = ("Once upon a time, in a small village by the sea,", "def quicksort(items):\n")  # no recipe ends these early
+SENTENCE = "It's 1,234 o'clock: naïve cafés in Zürich (and 東京) don't open  before 10\tAM!\n"
+COUNT = 64
+
+pytestmark = pytest.mark.slow
+
+
+def ask(peer: str, program: str, bundle: Path, **work: Any) -> dict[str, Any]:
+    try:
+        return peers.run_json(peer, HERE / program, {"bundle": str(bundle), "count": COUNT, **work})
+    except peers.NoPackageIndex as e:
+        pytest.skip(str(e))
+
+
+@pytest.mark.parametrize("recipe", ["fp32", "int8", "int4-rtn"])
+def test_onnxruntime_genai(smollm2: Path, recipe: str) -> None:
+    with gptedge.load(smollm2 / recipe) as model:
+        prompts = [model.tokenizer.encode(text) for text in PROMPTS]
+        encoded = model.tokenizer.encode(SENTENCE)
+        ours = [list(model.run(text, max_tokens=COUNT).token_ids) for text in PROMPTS]
+    assert [len(tokens) for tokens in ours] == [COUNT, COUNT]
+    theirs = ask("genai", "genai_program.py", smollm2 / recipe, prompts=prompts, texts=[*PROMPTS, SENTENCE])
+    assert theirs["tokens"] == ours
+    assert theirs["encoded"] == [*prompts, encoded]
+
+
+def test_optimum(smollm2: Path) -> None:
+    with gptedge.load(smollm2 / "fp32") as model:
+        prompts = [model.tokenizer.encode(text) for text in PROMPTS]
+        ours = [list(model.run(text, max_tokens=COUNT).token_ids) for text in PROMPTS]
+    assert [len(tokens) for tokens in ours] == [COUNT, COUNT]
+    assert ask("optimum", "optimum_program.py", smollm2 / "fp32", prompts=prompts)["tokens"] == ours
