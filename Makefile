@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-fast check bench clean
+.PHONY: demo test test-fast check bench bench-speed bench-export bench-quality clean
 
 demo: $(VENV)/.all
 	$(BIN)/gptedge demo
@@ -25,9 +25,17 @@ check: $(VENV)/.dev
 	ln -s $(CURDIR)/export $(CURDIR)/quantize $(CURDIR)/tui build/types/gptedge/
 	MYPYPATH=build/types $(BIN)/mypy -p gptedge
 
-# Needs what `make demo` makes.
-bench: $(VENV)/.dev
+# Side by side with peers, which get environments of their own: best on an idle machine. The first needs `make demo`.
+bench: bench-speed bench-export bench-quality
+
+bench-speed: $(VENV)/.dev
 	$(BIN)/python benchmarks/speed.py demo/smollm2-int4
+
+bench-export: $(VENV)/.dev
+	$(BIN)/python benchmarks/export.py
+
+bench-quality: $(VENV)/.dev
+	$(BIN)/python benchmarks/quality.py
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

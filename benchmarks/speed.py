@@ -2,8 +2,8 @@
 
     python benchmarks/speed.py BUNDLE [--rounds 5] [--prompt-tokens 512] [--new-tokens 128] [--threads 2]
 
-Makes an environment for the peer under build/, since its requirements are its own. Prints medians, the ratio between
-the two, and whether their greedy tokens are the same. It compares runners, not weights: those are one file.
+Prints medians, the ratio between the two, and whether their greedy tokens are the same. It compares runners, not
+weights: those are one file.
 """
 
 from __future__ import annotations
@@ -13,11 +13,9 @@ import json
 import statistics
 import subprocess
 import sys
-import venv
 from pathlib import Path
 
-PEER = "onnxruntime-genai==0.18.0"
-ENVIRONMENT = Path("build") / "bench" / "genai"
+import peers
 
 OURS = """
 import json, sys, time
@@ -60,14 +58,6 @@ print(json.dumps([loaded - start, first - loaded, end - first, out, peak_mb]))
 """
 
 
-def peer_python() -> Path:
-    python = ENVIRONMENT / "bin" / "python"
-    if not python.exists():
-        venv.create(ENVIRONMENT, with_pip=True)
-        subprocess.run([python, "-m", "pip", "install", "-q", PEER, "onnxruntime==1.31.1", "numpy"], check=True)
-    return python
-
-
 def one_run(python: str | Path, program: str, work: list[object]) -> list:
     done = subprocess.run([python, "-c", program, json.dumps(work)], capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
@@ -91,7 +81,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     a = parser.parse_args()
     work = [str(a.bundle), prompt_of(a.bundle, a.prompt_tokens), a.new_tokens, a.threads]
-    runners = {"gptedge": (sys.executable, OURS), "genai": (peer_python(), THEIRS)}
+    runners = {"gptedge": (sys.executable, OURS), "genai": (peers.environment("genai"), THEIRS)}
     runs: dict[str, list[list]] = {name: [] for name in runners}
     for _ in range(a.rounds + 1):
         for name, (python, program) in runners.items():
