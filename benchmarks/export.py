@@ -26,6 +26,8 @@ import peers
 import reference_model
 import scoring
 
+from gptedge.errors import GptEdgeError
+
 OURS = ("gptedge", "gptedge --no-verify")
 PEERS = ("optimum-cli", "genai builder")
 _RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes of ru_maxrss
@@ -93,11 +95,10 @@ def main() -> None:
         parser.error(f"--rounds is {a.rounds}; it must be at least 1")
     with tempfile.TemporaryDirectory(prefix="gptedge-export-", dir=a.work) as folder:
         work = Path(folder)
-        checkpoint = a.checkpoint
-        if checkpoint is None:
-            checkpoint = work / "checkpoint"
-            reference_model.make(checkpoint, seed=None)
+        checkpoint = a.checkpoint or work / "checkpoint"
         try:
+            if a.checkpoint is None:
+                reference_model.make(checkpoint, seed=None)
             todo = commands(checkpoint, work / "out")
             runs: dict[str, list[Run]] = {name: [] for name in todo}
             for i in range(a.rounds + 1):  # the first round warms the disk's cache
@@ -105,7 +106,7 @@ def main() -> None:
                     got = measure(name, command, work / "out")
                     print(f"round {i}: {name}: {got.seconds:.1f} s", file=sys.stderr, flush=True)
                     runs[name] += [got] if i else []
-        except peers.PeerError as e:
+        except (GptEdgeError, peers.PeerError) as e:
             sys.exit(str(e))
     print(f"{a.checkpoint or reference_model.MODEL}, medians of {a.rounds} rounds\n\n{table(runs)}")
 

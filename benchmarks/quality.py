@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import chart
@@ -110,9 +111,17 @@ def prepare(work: Path, seed: int, count: int, threads: int) -> Bench:
     gptedge("export", checkpoint, fp32, "--no-verify")
     windows = scoring.cut(evaluation_ids(checkpoint), count, WINDOW)
     reference = work / "reference.npy"
-    logits = list(scoring.graph_logits(fp32, windows, threads))
-    np.save(reference, np.stack(logits))
+    save(reference, scoring.graph_logits(fp32, windows, threads), count)
     return Bench(work, checkpoint, gguf, fp32, windows, reference, threads)
+
+
+def save(path: Path, logits: Iterator[scoring.Floats], count: int) -> None:
+    """Window by window: sixteen of a vocabulary of 49,152 are 800 MB."""
+    first = next(logits)
+    out = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(count, *first.shape))
+    for i, window in enumerate(chain([first], logits)):
+        out[i] = window
+    out.flush()
 
 
 def evaluation_ids(checkpoint: Path) -> list[int]:
