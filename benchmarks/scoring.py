@@ -76,6 +76,7 @@ def graph_logits(folder: Path, windows: Sequence[Sequence[int]], threads: int) -
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    options.log_severity_level = 3  # errors; inputs with a default are warned of otherwise
     session = onnxruntime.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
     make = [_input(node, _head_dim(folder)) for node in session.get_inputs()]
     for window in windows:
