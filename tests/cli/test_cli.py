@@ -424,22 +424,24 @@ def test_interrupt_at_any_stage(
         "eval": ["eval", tiny_bundle, "--text", text_file, "--context", "16"],
         "train": ["train", "--data", text_file, "--out", out, "--max-steps", "100000"],
     }
-    delays = (0.25, 0.6, 1.2)
-    for delay in delays:
+    # The clock starts when Python has: how long that takes is the machine's affair.
+    program = "import sys; from gptedge.cli import main; print(flush=True); sys.exit(main(sys.argv[1:]))"
+    for delay in (0.1, 0.4, 1.0):
         process = subprocess.Popen(
-            [sys.executable, "-m", "gptedge", *map(str, commands[verb])],
-            stdout=subprocess.DEVNULL,
+            [sys.executable, "-c", program, *map(str, commands[verb])],
+            stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
         )
+        assert process.stdout is not None
+        process.stdout.readline()
         time.sleep(delay)
         process.send_signal(number)
         _, err = process.communicate(timeout=60)
-        # Before the command has set its handlers up, Python's or the system's own ending is what there is.
         # An interrupt that passes through an extension's own evaluation ends by SIGINT itself: to a shell that is 130.
         assert process.returncode in (130, 0, 1, -signal.SIGINT, -number), err
-        assert "Traceback" not in err or delay == delays[0], err
+        assert "Traceback" not in err, err
         if verb != "train":  # which keeps its state to go on from
             left = list(out.parent.iterdir())
             assert left in ([], [out]), err
