@@ -3,6 +3,7 @@
 It reads like the PyTorch `GPT` in gptedge/train/model.py, function by function; that model is its oracle in the tests.
 Attention is onnxruntime's GroupQueryAttention, which rotates q and k itself and, when past and present are one buffer,
 appends to the KV cache in place. Linear weights keep the checkpoint's [out, in] layout, so exporting copies bytes.
+A portable graph is the same one, for which portable.py spells onnxruntime's operators out in standard ones.
 
 Shapes: B batch, T new tokens, S past + new tokens, D n_embd, F n_ff, V vocab_size.
 """
@@ -18,7 +19,8 @@ import onnx
 
 from gptedge.config import ModelConfig, rope_frequencies
 from gptedge.export.graph import Graph
-from gptedge.export.rotary import is_spread, rotary_scale, spread_frequencies, spread_weights
+from gptedge.export.portable import PortableGraph
+from gptedge.export.rotary import MULTIPLE, is_spread, rotary_scale, spread_frequencies, spread_weights
 from gptedge.graph_io import (
     ATTENTION_MASK,
     FIRST_LOGIT,
@@ -48,18 +50,33 @@ def silent(done: int, total: int, note: str) -> None:
 
 
 def build(
-    config: ModelConfig, weights: Weights, file: WeightFile, *, half: bool = False, report: Report = silent
+    config: ModelConfig,
+    weights: Weights,
+    file: WeightFile,
+    *,
+    half: bool = False,
+    portable: bool = False,
+    report: Report = silent,
 ) -> onnx.ModelProto:
-    """The whole graph; weights are streamed to `file`. `half` stores matrices as float16, to be widened when loaded."""
-    return _Decoder(config, weights, Graph(file), half, report).forward()
+    """The whole graph; weights are streamed to `file`.
+
+    `half` stores matrices as float16, to be widened when loaded; `portable` uses standard operators alone.
+    """
+    graph = PortableGraph(file) if portable else Graph(file)
+    # The standard operator rotates whole heads, unless it is told otherwise.
+    spread = is_spread(config, config.head_dim if portable else MULTIPLE)
+    return _Decoder(config, weights, graph, half=half, spread=spread, report=report).forward()
 
 
 class _Decoder:
-    def __init__(self, config: ModelConfig, weights: Weights, graph: Graph, half: bool, report: Report) -> None:
+    def __init__(
+        self, config: ModelConfig, weights: Weights, graph: Graph, *, half: bool, spread: bool, report: Report
+    ) -> None:
         self.c = config
-        self.w = spread_weights(config, weights) if is_spread(config) else weights
+        self.w = spread_weights(config, weights) if spread else weights
         self.g = graph
         self.half = half
+        self.spread = spread
         self.report = report
 
     def embed(self, ids: str) -> str:
@@ -248,11 +265,11 @@ class _Decoder:
         limits = [g.constant(f"rope.{bound}", value, np.float32) for bound, value in bounds.items()]
         positions = g.once("Range", *limits, name="rope.positions")
         column = g.once("Unsqueeze", positions, g.constant("rope.axis", [1]), name="rope.column")
-        frequencies = spread_frequencies(c, rope_frequencies(c)) if is_spread(c) else rope_frequencies(c)
+        frequencies = spread_frequencies(c, rope_frequencies(c)) if self.spread else rope_frequencies(c)
         row = g.constant(f"{name}.frequencies", frequencies, np.float32)
         angles = g.once("Mul", column, row, name=f"{name}.angles")
         if c.rope_attention_factor == 1.0:
             return g.once("Cos", angles, name=f"{name}.cos"), g.once("Sin", angles, name=f"{name}.sin")
-        scale = g.constant(f"{name}.scale", rotary_scale(c), np.float32)
+        scale = g.constant(f"{name}.scale", rotary_scale(c, self.spread), np.float32)
         cos, sin = (g.once(kind, angles, name=f"{name}.{kind.lower()}.unscaled") for kind in ("Cos", "Sin"))
         return g.once("Mul", cos, scale, name=f"{name}.cos"), g.once("Mul", sin, scale, name=f"{name}.sin")

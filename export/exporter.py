@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,11 +22,15 @@ from gptedge.export.sources import open_source
 from gptedge.files import check_destination, new_folder, seal, write_json
 from gptedge.measure import peak_rss_mb
 from gptedge.onnx_file import WeightFile, save_graph
-from gptedge.safetensors import Tensor
+from gptedge.safetensors import finite
 from gptedge.tokenizer import Tokenizer
 
 DTYPES = ("fp32", "fp16")
 """How weights can be stored."""
+EXPORTERS = ("optimum",)
+"""Other programs that can write the graph."""
+PORTABLE = "portable"
+"""What a manifest calls the graph of such a bundle."""
 PACKAGES = ("onnx",)
 """What a bundle's bytes depend on, besides gptedge."""
 
@@ -51,6 +54,8 @@ def export(
     out: Path,
     *,
     dtype: str = "fp32",
+    portable: bool = False,
+    via: str | None = None,
     verify: bool = True,
     tokenizer: Path | None = None,
     force: bool = False,
@@ -58,46 +63,95 @@ def export(
 ) -> ExportResult:
     """Write the bundle `out` from the checkpoint `source`; `tokenizer` is a tokenizer.json for a source without one.
 
-    `dtype` is one of DTYPES. Raises UsageError, CheckpointError, UnsupportedModelError, OutputExistsError, or
-    ParityError when the graph does not compute what the checkpoint computes; then nothing is written.
+    `dtype` is one of DTYPES; `portable` uses ONNX's standard operators alone; `via` names another exporter, one of
+    EXPORTERS, for what the table of families lacks. Raises UsageError, CheckpointError, UnsupportedModelError,
+    OutputExistsError, MissingExtraError, or ParityError when the graph does not compute what the checkpoint computes;
+    then nothing is written.
     """
     start = time.perf_counter()
-    if dtype not in DTYPES:
-        raise UsageError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
+    _check_options(dtype, portable, via)
     check_destination(out, force=force)
-    checkpoint = _with_tokenizer(open_source(Path(source)), tokenizer)
-    config, weights = checkpoint.config, checkpoint.weights()
-    _check_kernels(config)
-    _check_tokenizer(checkpoint, config.vocab_size)
     with new_folder(Path(out), force=force) as folder:
-        _write_side_files(checkpoint, folder)
-        with WeightFile(folder / GRAPH_DATA) as file:
-            graph = build(config, weights, file, half=dtype == "fp16", report=report)
-        save_graph(folder / GRAPH, graph)
+        if via:
+            written = _write_via(Path(source), folder, tokenizer)
+        else:
+            checkpoint = _with_tokenizer(open_source(Path(source)), tokenizer)
+            written = _write(checkpoint, folder, dtype=dtype, portable=portable, report=report)
         with ThreadPoolExecutor(1, "gptedge-seal") as pool:
             sealed = pool.submit(seal, folder / GRAPH_DATA)  # beside the verification
-            parity = _verify(folder, config, weights, dtype) if verify else None
-        facts: dict[str, Any] = {"parity": parity.as_json()} if parity else {}
+            parity = _verify(folder, written, dtype) if verify else None
+        facts: dict[str, Any] = {"graph": written.graph} if written.graph else {}
+        facts |= {"parity": parity.as_json()} if parity else {}
         hashes = {GRAPH_DATA: sealed.result()}
-        write_manifest(folder, family=checkpoint.family.name, recipe=dtype, packages=PACKAGES, hashes=hashes, **facts)
+        write_manifest(folder, family=written.family, recipe=dtype, packages=written.packages, hashes=hashes, **facts)
         size = open_bundle(folder).size_bytes
     return ExportResult(
         bundle=Path(out),
-        family=checkpoint.family.name,
+        family=written.family,
         size_mb=round(size / 1e6, 2),
-        context_length=config.context_length,
+        context_length=written.context_length,
         seconds=round(time.perf_counter() - start, 2),
         peak_rss_mb=peak_rss_mb(),
         parity=parity,
     )
 
 
-def _verify(folder: Path, config: ModelConfig, weights: Mapping[str, Tensor], dtype: str) -> parity_check.Parity:
+@dataclass(frozen=True)
+class _Written:
+    """A bundle that lacks its manifest, and its oracle."""
+
+    family: str
+    vocab_size: int
+    context_length: int
+    logits: parity_check.SourceLogits
+    packages: tuple[str, ...] = PACKAGES
+    graph: str | None = None
+    """What the manifest calls a graph that is not the ordinary one."""
+
+
+def _check_options(dtype: str, portable: bool, via: str | None) -> None:
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
+    if via is not None and via not in EXPORTERS:
+        raise UsageError(f"via is {via!r}; it must be one of {', '.join(EXPORTERS)}")
+    if via and (portable or dtype != "fp32"):
+        raise UsageError(f"--via {via} writes fp32 graphs of its own kind; leave out --portable and --dtype")
+
+
+def _write(checkpoint: Checkpoint, folder: Path, *, dtype: str, portable: bool, report: Report) -> _Written:
+    config, weights = checkpoint.config, checkpoint.weights()
+    if not portable:
+        _check_kernels(config)
+    _check_tokenizer(checkpoint.path, checkpoint.side_files.get(TOKENIZER), config.vocab_size)
+    _write_side_files(checkpoint, folder, shared=not portable)
+    checked = replace(checkpoint, tensors=finite(checkpoint.tensors, checkpoint.path)).weights()
+    with WeightFile(folder / GRAPH_DATA) as file:
+        graph = build(config, checked, file, half=dtype == "fp16", portable=portable, report=report)
+    save_graph(folder / GRAPH, graph)
+    return _Written(
+        checkpoint.family.name,
+        config.vocab_size,
+        config.context_length,
+        Reference(config, weights).logits,
+        graph=PORTABLE if portable else None,
+    )
+
+
+def _write_via(source: Path, folder: Path, tokenizer: Path | None) -> _Written:
+    from gptedge.export.via_optimum import OPTIMUM, PACKAGES, write_bundle
+
+    traced = write_bundle(source, folder, tokenizer=tokenizer)
+    vocab_size, context_length = traced.signature.vocab_size, traced.signature.context_length
+    _check_tokenizer(source, (folder / TOKENIZER).read_bytes(), vocab_size)
+    return _Written(traced.family, vocab_size, context_length, traced.logits, PACKAGES, OPTIMUM)
+
+
+def _verify(folder: Path, written: _Written, dtype: str) -> parity_check.Parity:
     parity = parity_check.compare_stages(
         folder / GRAPH,
-        Reference(config, weights).logits,
-        vocab_size=config.vocab_size,
-        context_length=config.context_length,
+        written.logits,
+        vocab_size=written.vocab_size,
+        context_length=written.context_length,
     )
     parity_check.check(parity, dtype)
     return parity
@@ -113,11 +167,12 @@ def _with_tokenizer(checkpoint: Checkpoint, tokenizer: Path | None) -> Checkpoin
     return replace(checkpoint, side_files={**checkpoint.side_files, TOKENIZER: content})
 
 
-def _write_side_files(checkpoint: Checkpoint, folder: Path) -> None:
+def _write_side_files(checkpoint: Checkpoint, folder: Path, *, shared: bool) -> None:
+    c = checkpoint.config
     for name, content in checkpoint.side_files.items():
         (folder / name).write_bytes(content)
     write_json(folder / CONFIG, checkpoint.hf_config)
-    write_json(folder / GENAI_CONFIG, genai_config(checkpoint.config, token_ids(checkpoint)))
+    write_json(folder / GENAI_CONFIG, genai_config(c, token_ids(checkpoint), shared=shared, positions=c.position == "learned"))
 
 
 def token_ids(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -132,19 +187,17 @@ def _check_kernels(config: ModelConfig) -> None:
     if config.position == "rope" and config.head_dim % MULTIPLE:
         raise UnsupportedModelError(
             f"head_dim {config.head_dim} is not a multiple of {MULTIPLE}, which rotary embeddings in "
-            "onnxruntime's GroupQueryAttention need"
+            "onnxruntime's GroupQueryAttention need; export it with --portable"
         )
 
 
-def _check_tokenizer(checkpoint: Checkpoint, vocab_size: int) -> None:
+def _check_tokenizer(where: Path, content: bytes | None, vocab_size: int) -> None:
     """A bundle that cannot read text is of no use: refuse it here rather than at its first prompt."""
-    if TOKENIZER not in checkpoint.side_files:
-        raise CheckpointError(f"{checkpoint.path} has no {TOKENIZER}; give one with --tokenizer FILE")
+    if content is None:
+        raise CheckpointError(f"{where} has no {TOKENIZER}; give one with --tokenizer FILE")
     try:
-        tokenizer = Tokenizer.from_dict(json.loads(checkpoint.side_files[TOKENIZER]))
+        tokenizer = Tokenizer.from_dict(json.loads(content))
     except ValueError as e:
-        raise CheckpointError(f"{checkpoint.path / TOKENIZER} is not JSON: {e}") from None
+        raise CheckpointError(f"{where / TOKENIZER} is not JSON: {e}") from None
     if tokenizer.vocab_size > vocab_size:
-        raise CheckpointError(
-            f"{checkpoint.path}: the tokenizer has {tokenizer.vocab_size} tokens and the model {vocab_size}"
-        )
+        raise CheckpointError(f"{where}: the tokenizer has {tokenizer.vocab_size} tokens and the model {vocab_size}")

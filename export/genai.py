@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from gptedge.bundle import GRAPH
-from gptedge.config import ModelConfig
 from gptedge.graph_io import (
     ATTENTION_MASK,
     INPUT_IDS,
@@ -22,8 +21,31 @@ from gptedge.graph_io import (
 _DECODER_TYPE = "llama"
 
 
-def genai_config(c: ModelConfig, ids: Mapping[str, Any]) -> dict[str, Any]:
-    """`ids` holds bos_token_id, eos_token_id and pad_token_id, as in generation_config.json."""
+class Sizes(Protocol):
+    """ModelConfig's, by its names."""
+
+    @property
+    def n_layer(self) -> int: ...
+    @property
+    def n_head(self) -> int: ...
+    @property
+    def n_kv_head(self) -> int: ...
+    @property
+    def n_embd(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def context_length(self) -> int: ...
+
+
+def genai_config(c: Sizes, ids: Mapping[str, Any], *, shared: bool, positions: bool) -> dict[str, Any]:
+    """`ids` holds bos_token_id, eos_token_id and pad_token_id, as in generation_config.json.
+
+    `shared`: the graph appends to the KV cache in place, so that past and present can be one buffer. `positions`: it
+    has an input for them.
+    """
     eos = ids.get("eos_token_id")
     pad = ids.get("pad_token_id")
     inputs = {
@@ -32,7 +54,7 @@ def genai_config(c: ModelConfig, ids: Mapping[str, Any]) -> dict[str, Any]:
         "past_key_names": past_key("%d"),
         "past_value_names": past_value("%d"),
     }
-    if c.position == "learned":
+    if positions:
         inputs["position_ids"] = POSITION_IDS
     outputs = {"logits": LOGITS, "present_key_names": present_key("%d"), "present_value_names": present_value("%d")}
     return {
@@ -57,7 +79,7 @@ def genai_config(c: ModelConfig, ids: Mapping[str, Any]) -> dict[str, Any]:
         },
         "search": {
             "max_length": c.context_length,
-            "past_present_share_buffer": True,
+            "past_present_share_buffer": shared,
             "do_sample": False,
             "num_beams": 1,
             "num_return_sequences": 1,

@@ -30,6 +30,9 @@ _DOMAINS = dict.fromkeys(
 
 
 class Graph:
+    opsets: Sequence[onnx.OperatorSetIdProto] = OPSETS
+    ir_version = IR_VERSION
+
     def __init__(self, weights: WeightFile) -> None:
         self._weights = weights
         self._nodes: list[onnx.NodeProto] = []
@@ -76,8 +79,20 @@ class Graph:
         return name
 
     def model(self, name: str) -> onnx.ModelProto:
-        graph = helper.make_graph(self._nodes, name, self._inputs, self._outputs, list(self._initializers.values()))
-        return helper.make_model(graph, producer_name="gptedge", opset_imports=OPSETS, ir_version=IR_VERSION)
+        nodes, used = self._used()
+        initializers = [t for n, t in self._initializers.items() if n in used]
+        graph = helper.make_graph(nodes, name, self._inputs, self._outputs, initializers)
+        return helper.make_model(graph, producer_name="gptedge", opset_imports=self.opsets, ir_version=self.ir_version)
+
+    def _used(self) -> tuple[list[onnx.NodeProto], set[str]]:
+        """The nodes that the outputs hang on, and the names of all that is read."""
+        wanted = {o.name for o in self._outputs}
+        kept = []
+        for node in reversed(self._nodes):
+            if wanted.intersection(node.output):
+                wanted.update(node.input)
+                kept.append(node)
+        return kept[::-1], wanted
 
 
 def _value(name: str, dtype: npt.DTypeLike, shape: Sequence[int | str]) -> ValueInfoProto:

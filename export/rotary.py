@@ -20,8 +20,9 @@ MULTIPLE = 16
 """What the sizes that the kernel rotates are multiples of."""
 
 
-def is_spread(c: ModelConfig) -> bool:
-    return c.position == "rope" and c.rope_dim % MULTIPLE != 0
+def is_spread(c: ModelConfig, multiple: int = MULTIPLE) -> bool:
+    """Whether the kernel, which rotates multiples of `multiple`, needs the dimensions in another order."""
+    return c.position == "rope" and c.rope_dim % multiple != 0
 
 
 def spread_frequencies(c: ModelConfig, frequencies: list[float]) -> list[float]:
@@ -29,10 +30,10 @@ def spread_frequencies(c: ModelConfig, frequencies: list[float]) -> list[float]:
     return frequencies + [0.0] * (c.head_dim // 2 - len(frequencies))
 
 
-def rotary_scale(c: ModelConfig) -> list[float]:
+def rotary_scale(c: ModelConfig, spread: bool) -> list[float]:
     """Factor of each column of cosines and sines; those that do not rotate are not scaled."""
     scaled = [c.rope_attention_factor] * (c.rope_dim // 2)
-    return scaled + [1.0] * (c.head_dim // 2 - len(scaled)) if is_spread(c) else scaled
+    return scaled + [1.0] * (c.head_dim // 2 - len(scaled)) if spread else scaled
 
 
 def spread_weights(c: ModelConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,28 @@ def map_bytes(path: Path, begin: int, end: int) -> Bytes:
     if begin == end:
         return np.empty(0, np.uint8)
     return np.memmap(path, np.uint8, mode="r", offset=begin, shape=(end - begin,))
+
+
+def finite(tensors: Mapping[str, Tensor], where: Path) -> dict[str, Tensor]:
+    """The same tensors; reading NaN or infinity from one raises CheckpointError."""
+    return {name: _checked(tensor, f"{where}: {name}") for name, tensor in tensors.items()}
+
+
+def _checked(tensor: Tensor, what: str) -> Tensor:
+    def check(array: FloatArray) -> FloatArray:
+        # One pass at the memory's speed, and no second array; huge numbers may overflow it, and are looked at again.
+        if not np.isfinite(np.vdot(array, array)) and not np.isfinite(array).all():
+            raise CheckpointError(
+                f"{what} holds numbers that are not finite (NaN or infinity); the checkpoint is damaged"
+            )
+        return array
+
+    rows = tensor.read_rows
+    return replace(
+        tensor,
+        read=lambda: check(tensor.read()),
+        read_rows=None if rows is None else lambda first, last: check(rows(first, last)),
+    )
 
 
 def read(path: Path) -> dict[str, Tensor]:

@@ -95,6 +95,10 @@ def quantize(
 def _check_source(bundle: Bundle) -> None:
     if bundle.manifest is None:
         raise BundleError(f"{bundle.path} has no {MANIFEST}; quantize takes bundles that gptedge export made")
+    if kind := bundle.manifest.get("graph"):
+        raise UsageError(
+            f"{bundle.path} has a {kind} graph, which cannot be quantized; export without --portable or --via"
+        )
     if bundle.recipe not in FLOAT_RECIPES:
         raise UsageError(
             f"{bundle.path} is quantized already ({bundle.recipe}); quantize the fp32 bundle it was made from"

@@ -86,6 +86,14 @@ def tiny_bundle(tiny_checkpoint: Path) -> Path:
     return export(tiny_checkpoint, tiny_checkpoint.parent / "fp32").bundle
 
 
+@pytest.fixture(scope="session")
+def portable_bundle(tiny_checkpoint: Path) -> Path:
+    """The same model with standard operators alone; its KV cache grows."""
+    from gptedge.export.exporter import export
+
+    return export(tiny_checkpoint, tiny_checkpoint.parent / "portable", portable=True).bundle
+
+
 @pytest.fixture(scope="session", params=["int8", "int8-weight", "int4-rtn", "int4"])
 def quantized_bundle(request: pytest.FixtureRequest, tiny_bundle: Path) -> Path:
     from gptedge.quantize.quantizer import quantize

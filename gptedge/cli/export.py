@@ -18,6 +18,12 @@ def command(
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The bundle's folder.")],
     dtype: Annotated[str, typer.Option(help="How weights are stored: fp32 or fp16.")] = "fp32",
+    portable: Annotated[
+        bool, typer.Option("--portable", help="Use ONNX's standard operators alone, for other runtimes; slower here.")
+    ] = False,
+    via: Annotated[
+        str | None, typer.Option(help="Another exporter, for an architecture that is not supported: optimum.")
+    ] = None,
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Compare logits and greedy tokens with the source.")
     ] = True,
@@ -27,10 +33,22 @@ def command(
 ) -> None:
     """Write a checkpoint as an ONNX bundle with KV-cache inputs."""
     with needs("export"):
-        from gptedge.export.exporter import DTYPES, export
+        from gptedge.export.exporter import DTYPES, EXPORTERS, export
     one_of("--dtype", dtype, DTYPES)
+    if via is not None:
+        one_of("--via", via, EXPORTERS)
     with progress("export") as report:
-        result = export(source, out, dtype=dtype, verify=verify, tokenizer=tokenizer, force=force, report=report)
+        result = export(
+            source,
+            out,
+            dtype=dtype,
+            portable=portable,
+            via=via,
+            verify=verify,
+            tokenizer=tokenizer,
+            force=force,
+            report=report,
+        )
     value = {**asdict(result), "bundle": str(result.bundle)}
     p = result.parity
     checked = "not verified" if p is None else (

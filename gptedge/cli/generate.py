@@ -70,7 +70,7 @@ def command(
     with load(bundle, threads=threads, provider=provider) as model:
         load_ms = round((time.perf_counter() - start) * 1000, 2)
         stream = model.chat(system=system).stream(text, **vars(params)) if chat else model.stream(text, params)
-        _print_json(stream, load_ms) if as_json else _print_text(stream)
+        _print_json(stream, load_ms, model.session.provider) if as_json else _print_text(stream)
 
 
 def _prompt(argument: str | None) -> str:
@@ -88,7 +88,7 @@ def _print_text(stream: Stream) -> None:
     print()
 
 
-def _print_json(stream: Stream, load_ms: float) -> None:
+def _print_json(stream: Stream, load_ms: float, provider: str) -> None:
     import json
 
     with stream:
@@ -101,5 +101,6 @@ def _print_json(stream: Stream, load_ms: float) -> None:
         "finish_reason": r.finish_reason,
         "usage": vars(r.usage),
         "timings": {"load_ms": load_ms, **vars(r.timings)},
+        "provider": provider,
     }
     print(json.dumps(value, ensure_ascii=False))

@@ -1,12 +1,18 @@
-"""The KV cache of one conversation: buffers that serve as the graph's past and present at once.
+"""The KV cache of one conversation, of the two kinds that graphs ask for.
 
-GroupQueryAttention appends to a buffer in place when it is bound as both, so a step copies nothing. Buffers hold more
-room than tokens and double when full. Not thread-safe: a cache belongs to one conversation.
+    shared    buffers with room to spare, bound as the graph's past and present at once: GroupQueryAttention appends in
+              place, so a step copies nothing. They double when full.
+    growing   tensors of exactly the tokens held: the graph reads them as its past and gives longer ones as its present,
+              which take their place.
+
+Not thread-safe: a cache belongs to one conversation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -15,38 +21,58 @@ import numpy.typing as npt
 _FIRST_CAPACITY = 256  # tokens
 
 
+@dataclass(frozen=True)
+class CacheLayout:
+    """What a graph asks of its cache."""
+
+    shapes: tuple[tuple[int, int], ...]
+    """n_kv_head and head_dim of each tensor, in the order of graph_io.past_names."""
+    dtype: npt.DTypeLike
+    shared: bool
+    """Past and present are one buffer."""
+    device: str = "cpu"
+    """Where the tensors lie, by onnxruntime's name: cpu or cuda."""
+
+
 class KVCache:
     """Keys and values of `ids`, the tokens that have been run, per layer [1, n_kv_head, capacity, head_dim]."""
 
-    def __init__(self, ort: Any, *, n_layer: int, n_kv_head: int, head_dim: int, dtype: npt.DTypeLike) -> None:
+    def __init__(self, ort: Any, layout: CacheLayout) -> None:
         self._ort = ort
-        self._shape = (1, n_kv_head, head_dim)
-        self._dtype = np.dtype(dtype)
-        self._n_buffers = 2 * n_layer
+        self._layout = layout
         self.ids: list[int] = []
         self.capacity = 0
+        """Tokens the tensors have room for."""
         self.buffers: list[Any] = []
-        """OrtValues in the order of graph_io.past_names."""
+        """OrtValues in the order of graph_io.past_names; `reserve` makes them."""
 
     def __len__(self) -> int:
         return len(self.ids)
 
     @property
     def bytes_per_token(self) -> int:
-        batch, heads, width = self._shape
-        return self._n_buffers * batch * heads * width * self._dtype.itemsize
+        return sum(map(prod, self._layout.shapes)) * np.dtype(self._layout.dtype).itemsize
 
     def reserve(self, n_tokens: int, limit: int) -> None:
-        """Make room for `n_tokens` in all, doubling up to `limit`, the context's length."""
+        """Make `buffers` ready for a run after which there are `n_tokens` in all; `limit` is the context's length."""
+        if not self._layout.shared:
+            if not self.buffers or self.capacity != len(self):
+                self._resize(len(self))
+            return
         if n_tokens <= self.capacity:
             return
         capacity = max(self.capacity, _FIRST_CAPACITY)
         while capacity < n_tokens:
             capacity *= 2
-        self._grow(max(n_tokens, min(capacity, limit)))
+        self._resize(max(n_tokens, min(capacity, limit)))
+
+    def take(self, presents: Sequence[Any]) -> None:
+        """The tensors that a run gave for a growing cache, in the place of those it read."""
+        self.buffers = list(presents)
+        self.capacity = int(presents[0].shape()[2])
 
     def truncate(self, n_tokens: int) -> None:
-        """Forget all but the first `n_tokens`; what lies behind them is overwritten later."""
+        """Forget all but the first `n_tokens`; what lies behind them is overwritten, or cut off, when more are run."""
         del self.ids[n_tokens:]
 
     def keep_common_prefix(self, ids: Sequence[int]) -> int:
@@ -61,23 +87,21 @@ class KVCache:
 
     def copy(self) -> KVCache:
         """An independent cache of the same tokens."""
-        _, heads, width = self._shape
-        twin = KVCache(self._ort, n_layer=self._n_buffers // 2, n_kv_head=heads, head_dim=width, dtype=self._dtype)
+        twin = KVCache(self._ort, self._layout)
         twin.ids = list(self.ids)
         twin.capacity, twin.buffers = self.capacity, list(self.buffers)
-        twin._grow(max(len(self), 1))
+        if self._layout.shared:  # growing tensors are never written to, and may stay common
+            twin._resize(max(len(self), 1))
         return twin
 
-    def _grow(self, capacity: int) -> None:
-        """Fresh buffers of `capacity` that start with the tokens held."""
-        batch, heads, width = self._shape
-        used = len(self)
-        old = self.buffers
+    def _resize(self, capacity: int) -> None:
+        """Fresh tensors of `capacity` that start with the tokens held."""
+        used, old = len(self), self.buffers
         self.buffers = []
-        for i in range(self._n_buffers):
+        for i, (heads, width) in enumerate(self._layout.shapes):
             # Zeros are mapped lazily: room that is never used costs no memory.
-            fresh = np.zeros((batch, heads, capacity, width), self._dtype)
-            if old:
+            fresh = np.zeros((1, heads, capacity, width), self._layout.dtype)
+            if old and used:
                 fresh[:, :, :used] = old[i].numpy()[:, :, :used]
-            self.buffers.append(self._ort.OrtValue.ortvalue_from_numpy(fresh))
+            self.buffers.append(self._ort.OrtValue.ortvalue_from_numpy(fresh, self._layout.device, 0))
         self.capacity = capacity

@@ -1,11 +1,13 @@
-"""Importing onnxruntime: late, with telemetry off, and with one clear line when it is not installed."""
+"""onnxruntime: imported late, with telemetry off, on the execution provider that is wanted or that works."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
-from gptedge.errors import MissingExtraError, UsageError
+from gptedge.errors import BundleError, MissingExtraError, UsageError
 from gptedge.interrupts import interrupts_held
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -34,6 +36,40 @@ def choose_provider(wanted: str | None, available: list[str]) -> str:
     if PROVIDERS[wanted] not in available:
         raise UsageError(f"provider {wanted} is not in this onnxruntime, which has {', '.join(available)}")
     return PROVIDERS[wanted]
+
+
+def device_of(provider: str) -> str:
+    """Where a provider, by its full name, keeps its tensors: cpu or cuda."""
+    return next(name for name, full in PROVIDERS.items() if full == provider)
+
+
+def open_graph(ort: Any, path: Path, options: Any, wanted: str | None) -> tuple[Any, str]:
+    """An InferenceSession and the full name of the provider it runs on; `wanted` is as in `choose_provider`.
+
+    Where nobody asked for CUDA and it cannot start (no driver, no library), the CPU takes its place. Raises UsageError
+    when somebody did, BundleError when the graph cannot be loaded.
+    """
+    provider = choose_provider(wanted, ort.get_available_providers())
+    if provider == PROVIDERS["cpu"]:
+        return _load(ort, path, options, [provider]), provider
+    try:
+        # onnxruntime would fall back by itself, with a notice on standard output, where it spoils a JSON answer.
+        session = _load(ort, path, options, [provider, PROVIDERS["cpu"]], enable_fallback=0)
+        problem = "" if provider in session.get_providers() else "its libraries cannot be loaded"
+    except BundleError as e:
+        problem = str(e)
+    if not problem:
+        return session, provider
+    if wanted:
+        raise UsageError(f"provider {wanted} was asked for and cannot start: {problem}; use --provider cpu")
+    return _load(ort, path, options, [PROVIDERS["cpu"]]), PROVIDERS["cpu"]
+
+
+def _load(ort: Any, path: Path, options: Any, providers: list[str], **settings: Any) -> Any:
+    try:
+        return ort.InferenceSession(str(path), options, providers=providers, **settings)
+    except Exception as e:  # onnxruntime's exceptions share no public base
+        raise BundleError(f"{path} cannot be loaded: {str(e).splitlines()[0]}") from None
 
 
 def default_threads() -> int:

@@ -194,22 +194,27 @@ MODELS: dict[str, tuple[Callable[..., transformers.PreTrainedConfig], dict[str, 
 }
 
 
+def random_model(name: str, folder: Path) -> torch.nn.Module:
+    """A model of MODELS, with its checkpoint written to `folder`."""
+    make, settings = MODELS[name]
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(make(**settings)).eval()
+    with torch.no_grad():  # biases and gains start as zeros and ones, which would hide their being forgotten
+        for p in model.parameters():
+            if p.ndim == 1:
+                p += 0.2 * torch.randn_like(p)
+    model.save_pretrained(folder)
+    (folder / TOKENIZER).write_text(json.dumps(make_tokenizer().to_dict()))
+    return model
+
+
 @pytest.fixture(scope="module", params=MODELS)
 def pair(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[torch.nn.Module, Path, Path]:
     """A random model of transformers, its checkpoint, and the bundle made of it."""
-    make, settings = MODELS[request.param]
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(make(**settings)).eval()
-    with torch.no_grad():  # biases and gains start as zeros and ones, which would hide their being forgotten
-        for name, p in model.named_parameters():
-            if p.ndim == 1:
-                p += 0.2 * torch.randn_like(p)
-            assert name
     folder = tmp_path_factory.mktemp("pair")
-    model.save_pretrained(folder / "checkpoint")
-    (folder / "checkpoint" / TOKENIZER).write_text(json.dumps(make_tokenizer().to_dict()))
+    model = random_model(request.param, folder / "checkpoint")
     export(folder / "checkpoint", folder / "bundle")
     return model, folder / "checkpoint", folder / "bundle"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,15 +10,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gptedge.bundle import GRAPH_DATA, MANIFEST, open_bundle, verify
+from gptedge.bundle import CONFIG, GENAI_CONFIG, GRAPH, GRAPH_DATA, MANIFEST, open_bundle, verify
 from gptedge.errors import BundleError, ContextOverflowError, UsageError
 from gptedge.runtime.onnx_runtime import choose_provider
 from gptedge.runtime.session import Session
 
 
-@pytest.fixture(scope="module")
-def session(tiny_bundle: Path) -> Session:
-    return Session(open_bundle(tiny_bundle), threads=1)
+@pytest.fixture(scope="module", params=["shared", "growing"])
+def session(request: pytest.FixtureRequest, tiny_bundle: Path) -> Session:
+    """One model, in a graph that appends to its cache in place, and in one that gives longer tensors back."""
+    bundle = tiny_bundle if request.param == "shared" else request.getfixturevalue("portable_bundle")
+    opened = Session(open_bundle(bundle), threads=1)
+    assert opened.signature.cache.shared == (request.param == "shared")
+    return opened
 
 
 def ids_of(n: int) -> list[int]:
@@ -94,6 +99,157 @@ def test_provider_is_chosen() -> None:
         choose_provider("tpu", both)
 
 
+# ---- whose cache is which kind -------------------------------------------------------------------------------------
+
+
+def changed(bundle: Path, at: Path, name: str, change: Callable[[dict], object]) -> Path:
+    """A copy, one JSON file of which is changed, without the manifest that would notice."""
+    shutil.copytree(bundle, at)
+    (at / MANIFEST).unlink()
+    value = json.loads((at / name).read_text())
+    change(value)
+    (at / name).write_text(json.dumps(value))
+    return at
+
+
+def test_what_genai_config_claims_of_a_graph_that_cannot(portable_bundle: Path, tmp_path: Path) -> None:
+    def claim(config: dict) -> None:
+        config["search"]["past_present_share_buffer"] = True
+
+    claiming = Session(open_bundle(changed(portable_bundle, tmp_path / "b", GENAI_CONFIG, claim)), threads=1)
+    assert not claiming.signature.cache.shared
+
+
+@pytest.mark.parametrize("stated", [False, None])
+def test_growing_is_the_safe_way_for_any_graph(tiny_bundle: Path, tmp_path: Path, stated: bool | None) -> None:
+    def state(config: dict) -> None:
+        config["search"]["past_present_share_buffer"] = stated
+
+    growing = Session(open_bundle(changed(tiny_bundle, tmp_path / "b", GENAI_CONFIG, state)), threads=1)
+    sharing = Session(open_bundle(tiny_bundle), threads=1)
+    assert (growing.signature.cache.shared, sharing.signature.cache.shared) == (False, True)
+    rows = []
+    for session in (growing, sharing):
+        cache = session.new_cache()
+        rows.append([session.run(ids, cache)[0] for ids in (ids_of(40), [7], ids_of(9))])
+    np.testing.assert_allclose(rows[0], rows[1], atol=2e-5 * np.std(rows[1]))
+
+
+def test_forked_growing_caches_go_their_own_ways(portable_bundle: Path) -> None:
+    session = Session(open_bundle(portable_bundle), threads=1)
+    cache = session.new_cache()
+    session.run(ids_of(40), cache)
+    twin = cache.copy()
+    twin.truncate(25)
+    session.run([3, 4], twin)
+    again, fresh = session.run([9], cache), session.new_cache()
+    session.run(ids_of(40), fresh)
+    np.testing.assert_allclose(again, session.run([9], fresh), atol=1e-4)
+    assert (cache.capacity, len(cache), twin.capacity, len(twin)) == (41, 41, 27, 27)
+    assert cache.bytes_per_token == 3 * 2 * 2 * 16 * 4
+
+
+# ---- graphs of other exporters -------------------------------------------------------------------------------------
+
+
+def edited_graph(bundle: Path, at: Path, edit: Callable[[object], object]) -> Path:
+    """A copy of a bundle whose graph is changed, with no genai_config.json and no manifest."""
+    from gptedge.onnx_file import load_graph, save_graph
+
+    shutil.copytree(bundle, at)
+    (at / MANIFEST).unlink()
+    (at / GENAI_CONFIG).unlink()
+    model = load_graph(at / GRAPH)
+    edit(model)
+    save_graph(at / GRAPH, model)
+    return at
+
+
+def leave_open(*axes: int) -> Callable[[object], None]:
+    """Give symbols instead of sizes to these axes of the caches, and to the logits' width."""
+
+    def edit(model: object) -> None:
+        graph = model.graph  # type: ignore[attr-defined]
+        for value in (*graph.input, *graph.output):
+            shape = value.type.tensor_type.shape.dim
+            for axis in axes if len(shape) == 4 else (2,) if len(shape) == 3 else ():
+                shape[axis].dim_param = f"{value.name}.{axis}"
+
+    return edit
+
+
+def test_open_sizes_come_from_config_json(portable_bundle: Path, tmp_path: Path) -> None:
+    opened = Session(open_bundle(edited_graph(portable_bundle, tmp_path / "b", leave_open(0, 1, 3))), threads=1)
+    known = Session(open_bundle(portable_bundle), threads=1)
+    assert opened.signature == known.signature
+    np.testing.assert_array_equal(opened.run(ids_of(9), opened.new_cache()), known.run(ids_of(9), known.new_cache()))
+    config = tmp_path / "b" / CONFIG
+    value = json.loads(config.read_text())
+    del value["head_dim"]
+    config.write_text(json.dumps({**value, "hidden_size": 96}))  # 16 for each of 6 heads
+    assert Session(open_bundle(tmp_path / "b"), threads=1).head_dim == 16
+    del value["num_key_value_heads"]
+    config.write_text(json.dumps({**value, "num_attention_heads": None}))
+    with pytest.raises(BundleError, match=r"leaves axis 1 of past_key_values\.0\.key open, .* no num_key_value_heads"):
+        Session(open_bundle(tmp_path / "b"), threads=1)
+
+
+def test_context_length_by_other_names(portable_bundle: Path, tmp_path: Path) -> None:
+    bundle = edited_graph(portable_bundle, tmp_path / "b", lambda model: None)
+    value = json.loads((bundle / CONFIG).read_text())
+    del value["max_position_embeddings"]
+    for name in ("n_positions", "max_seq_len", "seq_length"):
+        (bundle / CONFIG).write_text(json.dumps({**value, name: 77}))
+        assert Session(open_bundle(bundle), threads=1).context_length == 77
+    (bundle / CONFIG).write_text(json.dumps(value))
+    with pytest.raises(BundleError, match=r"how long its context is; add max_position_embeddings to config\.json"):
+        Session(open_bundle(bundle), threads=1)
+
+
+def add_input(model: object) -> None:
+    from onnx import TensorProto, helper
+
+    model.graph.input.append(helper.make_tensor_value_info("use_cache_branch", TensorProto.BOOL, [1]))  # type: ignore[attr-defined]
+
+
+def test_input_that_nobody_knows(portable_bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="asks for the input use_cache_branch, which gptedge does not know"):
+        Session(open_bundle(edited_graph(portable_bundle, tmp_path / "b", add_input)), threads=1)
+
+
+def test_half_precision_caches(tiny_bundle: Path, portable_bundle: Path, tmp_path: Path) -> None:
+    """Inputs and outputs in float16, as graphs made for CUDA have them; casts stand between them and the rest."""
+    from onnx import TensorProto, helper
+
+    def edit(model: object) -> None:
+        graph = model.graph  # type: ignore[attr-defined]
+        casts = []
+        for value in (*graph.input, *graph.output):
+            if not value.name.startswith(("past_key_values", "present")):
+                continue
+            value.type.tensor_type.elem_type = TensorProto.FLOAT16
+            wide, is_past = f"{value.name}.wide", value.name.startswith("past")
+            for node in graph.node:
+                for names in (node.input, node.output):
+                    names[:] = [wide if n == value.name else n for n in names]
+            ends = (value.name, wide) if is_past else (wide, value.name)
+            to = TensorProto.FLOAT if is_past else TensorProto.FLOAT16
+            casts.append((is_past, helper.make_node("Cast", [ends[0]], [ends[1]], name=f"cast.{value.name}", to=to)))
+        nodes = [c for first, c in casts if first] + list(graph.node) + [c for first, c in casts if not first]
+        del graph.node[:]
+        graph.node.extend(nodes)
+
+    half = Session(open_bundle(edited_graph(portable_bundle, tmp_path / "b", edit)), threads=1)
+    whole = Session(open_bundle(portable_bundle), threads=1)
+    caches = half.new_cache(), whole.new_cache()
+    assert caches[0].bytes_per_token * 2 == caches[1].bytes_per_token
+    for ids in (ids_of(30), [5], ids_of(8)):
+        got, expected = half.run(ids, caches[0], every_row=True), whole.run(ids, caches[1], every_row=True)
+        assert np.abs(got - expected).max() < 2e-2 * expected.std()
+    caches[0].truncate(10)
+    assert half.run([4], caches[0]).dtype == np.float32
+
+
 # ---- bundles that are not whole ------------------------------------------------------------------------------------
 
 
@@ -148,6 +304,26 @@ def test_verify_names_the_changed_file(tiny_bundle: Path, tmp_path: Path) -> Non
     flip_a_byte(copy)
     with pytest.raises(BundleError, match=GRAPH_DATA):
         verify(open_bundle(copy))
+
+
+PLACES = ("/etc/hostname", "../outside.data", "sub/../../outside.data")
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_weights_outside_the_bundle(tiny_bundle: Path, tmp_path: Path, place: str) -> None:
+    """A graph may not point at files elsewhere, not even at ones that are there and long enough."""
+    shutil.copyfile(tiny_bundle / GRAPH_DATA, tmp_path / "outside.data")
+
+    def edit(model: object) -> None:
+        for tensor in model.graph.initializer:  # type: ignore[attr-defined]
+            for entry in tensor.external_data:
+                if entry.key == "location":
+                    entry.value = place
+
+    with pytest.raises(BundleError) as caught:
+        Session(open_bundle(edited_graph(tiny_bundle, tmp_path / "b", edit)), threads=1)
+    assert "cannot be loaded" in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_graph_that_is_no_decoder(tiny_bundle: Path, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from gptedge.bundle import Bundle
 from gptedge.chat_template import ChatTemplate
 from gptedge.errors import DataError, TokenizerError
 from gptedge.model import Model
+from gptedge.runtime.kv_cache import CacheLayout
 from gptedge.runtime.session import Session
 from gptedge.serve.server import Server, bind, url_of
 from gptedge.serve.settings import ServerSettings
@@ -80,8 +81,7 @@ class FakeSession(Session):
         self._ort: Any = None
         self.bundle = bundle
         self.lock = threading.Lock()
-        self.n_layer, self.n_kv_head, self.head_dim = 0, 1, 1
-        self.cache_dtype = np.float32
+        self.signature: Any = SimpleNamespace(cache=CacheLayout(shapes=(), dtype=np.float32, shared=True))
         self.vocab_size = VOCAB
         self.context_length = context_length
         self.delay_s = 0.0

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from gptedge.runtime.kv_cache import KVCache
+from gptedge.runtime.kv_cache import CacheLayout, KVCache
 from gptedge.serve.cache_pool import CachePool, common_prefix
 
 
 def new_cache() -> KVCache:
-    return KVCache(None, n_layer=0, n_kv_head=1, head_dim=1, dtype="float32")
+    return KVCache(None, CacheLayout(shapes=(), dtype="float32", shared=True))
 
 
 def run(pool: CachePool, ids: list[int]) -> KVCache:
