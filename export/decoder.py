@@ -15,9 +15,11 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 
 from gptedge.config import ModelConfig, rope_frequencies
+from gptedge.errors import UnsupportedModelError
 from gptedge.export.graph import Graph
 from gptedge.export.portable import PortableGraph
 from gptedge.export.rotary import MULTIPLE, is_spread, rotary_scale, spread_frequencies, spread_weights
@@ -33,7 +35,7 @@ from gptedge.graph_io import (
     present_value,
 )
 from gptedge.onnx_file import WeightFile
-from gptedge.safetensors import Tensor
+from gptedge.safetensors import FloatArray, Tensor
 
 Report = Callable[[int, int, str], None]
 Weights = Mapping[str, Tensor]
@@ -203,7 +205,7 @@ class _Decoder:
         parts = parts or (name,)
         if not self.half or len(self.w[parts[0]].shape) < 2:
             return self.g.weight(name, (piece for part in parts for piece in self.w[part].pieces()))
-        halves = (piece.astype(np.float16) for part in parts for piece in self.w[part].pieces())
+        halves = (_halved(part, piece) for part in parts for piece in self.w[part].pieces())
         stored = self.g.weight(f"{name}.half", halves)
         return self.g.once("Cast", stored, name=name, to=onnx.TensorProto.FLOAT)
 
@@ -273,3 +275,13 @@ class _Decoder:
         scale = g.constant(f"{name}.scale", rotary_scale(c, self.spread), np.float32)
         cos, sin = (g.once(kind, angles, name=f"{name}.{kind.lower()}.unscaled") for kind in ("Cos", "Sin"))
         return g.once("Mul", cos, scale, name=f"{name}.cos"), g.once("Mul", sin, scale, name=f"{name}.sin")
+
+
+def _halved(name: str, array: FloatArray) -> npt.NDArray[np.float16]:
+    """A weight as float16. Raises UnsupportedModelError when that has no room for its numbers."""
+    largest = max(array.max(), -array.min())
+    if largest > np.finfo(np.float16).max:
+        raise UnsupportedModelError(
+            f"{name} holds {largest:g}, and float16 ends at {np.finfo(np.float16).max:g}; export it as fp32"
+        )
+    return array.astype(np.float16)

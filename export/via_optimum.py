@@ -14,7 +14,7 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,8 +74,10 @@ def write_bundle(source: Path, folder: Path, *, tokenizer: Path | None = None) -
     source = Path(source)
     if not (source / CONFIG).is_file():
         raise CheckpointError(f"{source} has no {CONFIG}; --via optimum takes Hugging Face folders")
-    context_length(read_json_object(source / CONFIG), source)  # refused here, by the name of the source
+    config = read_json_object(source / CONFIG)
+    context_length(config, source)  # refused here, by the name of the source
     with tempfile.TemporaryDirectory(prefix="optimum.", dir=folder) as scratch, _quiet():
+        _check_known(config)
         traced = Traced(_load(source))
         _trace(traced, Path(scratch))
         _take_side_files([source, Path(scratch)], folder)
@@ -90,22 +92,38 @@ def write_bundle(source: Path, folder: Path, *, tokenizer: Path | None = None) -
     return traced
 
 
-def _load(source: Path) -> Any:
-    """transformers' model in float32. It would fill gaps in the weights with random numbers: those are refused."""
+def _check_known(config: Mapping[str, Any]) -> None:
+    """Refuse what optimum does not know before anything is loaded."""
     try:
-        import torch
-        from optimum.exporters.onnx import onnx_export_from_model  # noqa: F401  (better told before loading)
-        from transformers import AutoModelForCausalLM
+        from optimum.exporters.onnx import model_configs  # noqa: F401  (which fills the table of tasks)
+        from optimum.exporters.tasks import TasksManager
     except ImportError as e:
         raise MissingExtraError(f"--via optimum needs optimum ({e}); install gptedge[optimum]") from None
+    kind = str(config.get("model_type"))
+    try:
+        tasks = TasksManager.get_supported_tasks_for_model_type(kind, "onnx", library_name="transformers")
+    except KeyError:
+        tasks = {}
+    if _TASK not in tasks:
+        raise UnsupportedModelError(f"optimum does not export {kind} as a decoder with a KV cache")
+
+
+def _load(source: Path) -> Any:
+    """transformers' model in float32. It would fill gaps in the weights with random numbers: those are refused."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
     loader: Any = AutoModelForCausalLM
     try:
         model, gaps = loader.from_pretrained(
-            str(source), torch_dtype=torch.float32, local_files_only=True, output_loading_info=True
+            str(source),
+            torch_dtype=torch.float32,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,  # to be told of them
+            output_loading_info=True,
         )
-    except Exception as e:  # transformers raises many kinds, for a folder and for an architecture alike
-        kind = CheckpointError if isinstance(e, OSError) else UnsupportedModelError
-        raise kind(f"transformers cannot load {source}: {_first_line(e)}") from None
+    except Exception as e:  # a damaged folder can raise anything
+        raise CheckpointError(f"transformers cannot load {source}: {_first_line(e)}") from None
     for key, words in _GAPS.items():
         if names := sorted(n if isinstance(n, str) else n[0] for n in gaps[key]):
             raise CheckpointError(f"{source} {words} {names[0]} ({len(names)} such)")
@@ -117,14 +135,7 @@ def _load(source: Path) -> Any:
 
 def _trace(traced: Traced, scratch: Path) -> None:
     from optimum.exporters.onnx import onnx_export_from_model
-    from optimum.exporters.tasks import TasksManager
 
-    try:
-        tasks = TasksManager.get_supported_tasks_for_model_type(traced.family, "onnx", library_name="transformers")
-    except KeyError:
-        tasks = {}
-    if _TASK not in tasks:
-        raise UnsupportedModelError(f"optimum does not export {traced.family} as a decoder with a KV cache")
     traced.model.config.use_cache = True
     try:
         onnx_export_from_model(traced.model, scratch, task=_TASK, do_validation=False)

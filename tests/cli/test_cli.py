@@ -19,6 +19,7 @@ import pytest
 
 from gptedge import safetensors
 from gptedge.cli import main
+from gptedge.export.parity import TOLERANCE
 from tests.conftest import TEXT
 
 
@@ -67,7 +68,9 @@ def test_half_precision_halves_the_weights(
     got = run_json(capsys, "export", tiny_checkpoint, tmp_path / "half", "--dtype", "fp16")
     whole = (tiny_bundle / "model.onnx.data").stat().st_size
     assert (tmp_path / "half" / "model.onnx.data").stat().st_size < 0.55 * whole
-    assert got["parity"]["relative_logit_diff"] < 2e-2
+    assert 0 < got["parity"]["relative_logit_diff"] < TOLERANCE["fp16"]
+    for readme in ("README.md", "README.zh-CN.md"):  # both state the bound
+        assert f"{TOLERANCE['fp16']:g}" in Path(__file__).parents[2].joinpath(readme).read_text(encoding="utf-8")
 
 
 def test_quantize_eval_and_gates(
@@ -286,6 +289,81 @@ def test_bad_checkpoints(capsys: pytest.CaptureFixture[str], tiny_checkpoint: Pa
     assert err.count("\n") == 1
     assert message in err
     assert list((tmp_path / "work").iterdir()) == []
+
+
+SPOILED = "model.layers.1.mlp.up_proj.weight"
+
+
+def spoiled(tiny_checkpoint: Path, at: Path, value: float) -> Path:
+    """A checkpoint with one number of one tensor replaced."""
+    shutil.copytree(tiny_checkpoint, at)
+    tensors = {name: t.read().copy() for name, t in safetensors.read(at / "model.safetensors").items()}
+    tensors[SPOILED][3, 5] = value
+    safetensors.write(at / "model.safetensors", tensors)
+    return at
+
+
+@pytest.mark.parametrize(
+    ("value", "flags", "expected", "message"),
+    [
+        (np.nan, [], 1, f"{SPOILED} holds numbers that are not finite"),
+        (np.inf, [], 1, f"{SPOILED} holds numbers that are not finite"),
+        (-np.inf, ["--portable"], 1, f"{SPOILED} holds numbers that are not finite"),
+        (7e4, ["--dtype", "fp16"], 5, "blocks.1.mlp.up.weight holds 70000, and float16 ends at 65504"),
+    ],
+)
+def test_numbers_that_cannot_be(
+    capsys: pytest.CaptureFixture[str],
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    value: float,
+    flags: list[str],
+    expected: int,
+    message: str,
+) -> None:
+    """Refused by the tensor's name, without the help of verification."""
+    source = spoiled(tiny_checkpoint, tmp_path / "source", value)
+    (tmp_path / "work").mkdir()
+    code, out, err = run(capsys, "export", source, tmp_path / "work" / "out", "--no-verify", *flags)
+    assert (code, out) == (expected, "")
+    assert err.count("\n") == 1
+    assert message in err
+    assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_huge_but_finite_numbers_are_no_fault(
+    capsys: pytest.CaptureFixture[str], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    source = spoiled(tiny_checkpoint, tmp_path / "source", 1e30)
+    assert run(capsys, "export", source, tmp_path / "out", "--no-verify")[0] == 0
+
+
+def test_another_exporter_that_is_not_installed(
+    capsys: pytest.CaptureFixture[str], tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "optimum", None)
+    (tmp_path / "work").mkdir()
+    code, out, err = run(capsys, "export", tiny_checkpoint, tmp_path / "work" / "out", "--via", "optimum")
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert "--via optimum needs optimum" in err
+    assert "install gptedge[optimum]" in err
+    assert list((tmp_path / "work").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--via", "optimim"], "did you mean optimum?"),
+        (["--via", "optimum", "--portable"], "leave out --portable and --dtype"),
+        (["--via", "optimum", "--dtype", "fp16"], "leave out --portable and --dtype"),
+    ],
+)
+def test_exporters_that_do_not_go_together(
+    capsys: pytest.CaptureFixture[str], tiny_checkpoint: Path, tmp_path: Path, flags: list[str], message: str
+) -> None:
+    code, _, err = run(capsys, "export", tiny_checkpoint, tmp_path / "out", *flags)
+    assert (code, err.count("\n")) == (2, 1)
+    assert message in err
 
 
 def test_wrong_numbers_are_found_by_verification(
