@@ -30,7 +30,7 @@ class FakeOnnxruntime:
         self.state = state
         self.opened: list[tuple[list[str], dict[str, Any]]] = []
         self.placed: list[tuple[str, int]] = []
-        self.outputs: list[str] = []
+        self.devices: dict[str, Any] = {}
         self.OrtValue = _Callable(onnxruntime.OrtValue, ortvalue_from_numpy=self._place)
         self.OrtDevice = SimpleNamespace(make=self._device)
 
@@ -54,8 +54,8 @@ class FakeOnnxruntime:
         return onnxruntime.OrtValue.ortvalue_from_numpy(array)
 
     def _device(self, kind: str, index: int) -> Any:
-        self.outputs.append(kind)
-        return onnxruntime.OrtDevice.make("cpu", 0)
+        self.devices[kind] = onnxruntime.OrtDevice.make("cpu", index)._get_c_device()
+        return SimpleNamespace(_get_c_device=lambda: self.devices[kind])
 
 
 class _Callable:
@@ -84,8 +84,10 @@ def test_cache_stays_on_the_device_and_logits_come_back(
     session = Session(bundle, threads=1)
     assert session.provider == CUDA
     assert ort.opened == [([CUDA, CPU], {"enable_fallback": 0})]
-    assert ort.outputs == ["cpu", "cuda"]
-    assert len(session._devices) == 1 + 2 * session.n_layer
+    logits, *presents = session._devices
+    assert logits is ort.devices["cpu"]
+    assert len(presents) == 2 * session.n_layer
+    assert all(device is ort.devices["cuda"] for device in presents)
     cache = session.new_cache()
     ort.placed.clear()
     session.run([1, 2, 3], cache)
