@@ -89,7 +89,9 @@ def family_of(config: HfConfig) -> Family:
             return family
     known = ", ".join(name for family in FAMILIES for name in family.architectures)
     shown = ", ".join(map(str, names)) or config.get("model_type") or "none named"
-    raise UnsupportedModelError(f"architecture {shown} is not supported; supported are {known}")
+    raise UnsupportedModelError(
+        f"architecture {shown} is not supported; supported are {known}; others may export with --via optimum"
+    )
 
 
 def tensor_shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -97,7 +97,8 @@ def _check_source(bundle: Bundle) -> None:
         raise BundleError(f"{bundle.path} has no {MANIFEST}; quantize takes bundles that gptedge export made")
     if kind := bundle.manifest.get("graph"):
         raise UsageError(
-            f"{bundle.path} cannot be quantized: its graph is of another kind ({kind}); export without --portable or --via"
+            f"{bundle.path} cannot be quantized: its graph is of another kind ({kind}); "
+            "export the model without --portable or --via"
         )
     if bundle.recipe not in FLOAT_RECIPES:
         raise UsageError(

@@ -143,6 +143,6 @@ def test_exports_are_reproducible(portable_bundle: Path, tiny_checkpoint: Path, 
 
 
 def test_quantize_refuses_it(portable_bundle: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"another kind \(portable\); export without --portable"):
+    with pytest.raises(UsageError, match=r"another kind \(portable\); export the model without --portable"):
         quantize(portable_bundle, tmp_path / "out", recipe="int8")
     assert not (tmp_path / "out").exists()
