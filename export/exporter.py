@@ -172,7 +172,9 @@ def _write_side_files(checkpoint: Checkpoint, folder: Path, *, shared: bool) -> 
     for name, content in checkpoint.side_files.items():
         (folder / name).write_bytes(content)
     write_json(folder / CONFIG, checkpoint.hf_config)
-    write_json(folder / GENAI_CONFIG, genai_config(c, token_ids(checkpoint), shared=shared, positions=c.position == "learned"))
+    write_json(
+        folder / GENAI_CONFIG, genai_config(c, token_ids(checkpoint), shared=shared, positions=c.position == "learned")
+    )
 
 
 def token_ids(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from gptedge.export.genai import genai_config
 from gptedge.files import write_json
 from gptedge.onnx_file import WeightFile, load_graph, read_initializer, save_graph
 from gptedge.runtime.session import Session
-from gptedge.runtime.signature import context_length
+from gptedge.runtime.signature import Signature, context_length
 from gptedge.safetensors import FloatArray
 
 OPTIMUM = "optimum"
@@ -46,9 +46,10 @@ _GAPS = {
 
 @dataclass(frozen=True)
 class Traced:
-    """What optimum was given: transformers' model."""
+    """What optimum was given, transformers' model, and what the graph that it made says of itself."""
 
     model: Any
+    signature: Signature
 
     @property
     def family(self) -> str:
@@ -78,8 +79,8 @@ def write_bundle(source: Path, folder: Path, *, tokenizer: Path | None = None) -
     context_length(config, source)  # refused here, by the name of the source
     with tempfile.TemporaryDirectory(prefix="optimum.", dir=folder) as scratch, _quiet():
         _check_known(config)
-        traced = Traced(_load(source))
-        _trace(traced, Path(scratch))
+        model = _load(source)
+        _trace(model, Path(scratch))
         _take_side_files([source, Path(scratch)], folder)
         _take_graph(Path(scratch), folder)
     if tokenizer:
@@ -88,7 +89,9 @@ def write_bundle(source: Path, folder: Path, *, tokenizer: Path | None = None) -
         raise CheckpointError(
             f"{source} has no {TOKENIZER}, and none could be made of what it has; give --tokenizer FILE"
         )
-    _describe(traced, open_bundle(folder))
+    bundle = open_bundle(folder)
+    traced = Traced(model, Session(bundle, provider="cpu", check=False).signature)
+    write_json(folder / GENAI_CONFIG, _genai_config(traced, bundle))
     return traced
 
 
@@ -133,14 +136,14 @@ def _load(source: Path) -> Any:
     return model.eval()
 
 
-def _trace(traced: Traced, scratch: Path) -> None:
+def _trace(model: Any, scratch: Path) -> None:
     from optimum.exporters.onnx import onnx_export_from_model
 
-    traced.model.config.use_cache = True
+    model.config.use_cache = True
     try:
-        onnx_export_from_model(traced.model, scratch, task=_TASK, do_validation=False)
+        onnx_export_from_model(model, scratch, task=_TASK, do_validation=False)
     except Exception as e:  # whatever tracing meets in a model
-        raise UnsupportedModelError(f"optimum cannot export {traced.family}: {_first_line(e)}") from None
+        raise UnsupportedModelError(f"optimum cannot export {model.config.model_type}: {_first_line(e)}") from None
 
 
 def _take_side_files(places: list[Path], folder: Path) -> None:
@@ -161,25 +164,14 @@ def _take_graph(scratch: Path, folder: Path) -> None:
     save_graph(folder / GRAPH, model)
 
 
-def _describe(traced: Traced, bundle: Bundle) -> None:
-    """genai_config.json, from what the graph says of itself."""
-    c = traced.model.config
-    signature = Session(bundle, check=False).signature
-    n_kv_head, head_dim = signature.cache.shapes[0]
-    ids = {
-        key: bundle.generation_config.get(key, bundle.config.get(key))
-        for key in ("bos_token_id", "eos_token_id", "pad_token_id")
-    }
-    shape = _Shape(
-        n_layer=signature.n_layer,
-        n_head=int(c.num_attention_heads),
-        n_kv_head=n_kv_head,
-        n_embd=int(c.hidden_size),
-        head_dim=head_dim,
-        vocab_size=signature.vocab_size,
-        context_length=signature.context_length,
-    )
-    write_json(bundle.path / GENAI_CONFIG, genai_config(shape, ids, shared=False, positions=signature.takes_positions))
+def _genai_config(traced: Traced, bundle: Bundle) -> dict[str, Any]:
+    c, s = traced.model.config, traced.signature
+    n_kv_head, head_dim = s.cache.shapes[0]
+    keys = ("bos_token_id", "eos_token_id", "pad_token_id")
+    ids = {key: bundle.generation_config.get(key, bundle.config.get(key)) for key in keys}
+    heads, width = int(c.num_attention_heads), int(c.hidden_size)
+    shape = _Shape(s.n_layer, heads, n_kv_head, width, head_dim, s.vocab_size, s.context_length)
+    return genai_config(shape, ids, shared=False, positions=s.takes_positions)
 
 
 @dataclass(frozen=True)
