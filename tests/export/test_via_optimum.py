@@ -8,6 +8,7 @@ from importlib import metadata
 from pathlib import Path
 
 import numpy as np
+import peers
 import pytest
 import torch
 import transformers
@@ -21,7 +22,6 @@ from gptedge.cli import main
 from tests.conftest import END, TEMPLATE, TEXT, make_tokenizer
 from tests.export.test_decoder import assert_close, ids_of, logits_of
 
-peers = pytest.importorskip("peers")
 pytestmark = pytest.mark.slow
 
 CONFIG = transformers.OPTConfig(
