@@ -42,6 +42,8 @@ PLOT = "docs/quality.svg"
 LLAMA_CPP_PROGRAM = Path(__file__).with_name("llama_cpp_program.py")
 WINDOWS, WINDOW = 16, 512
 PEERS = ("genai", "llama-cpp")
+TARGET_MB = 105
+"""What a recipe fills that is made for a size: as large as llama.cpp's Q4_K_M."""
 KINDS = ("gptedge", "onnxruntime-genai", "llama.cpp")
 
 # Name -> precision and further options of the builder.
@@ -259,7 +261,8 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--windows", type=int, default=WINDOWS)
-    parser.add_argument("--recipes", default=",".join(RECIPES), help="default: all of %(default)s")
+    recipes = ",".join(f"{name} --target-mb {TARGET_MB}" if r.fills_target else name for name, r in RECIPES.items())
+    parser.add_argument("--recipes", default=recipes, help="default: all of %(default)s")
     parser.add_argument("--peers", default=",".join(PEERS), help="default: %(default)s; none of them: ''")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--work", type=Path, help="where 4 GB of models go meanwhile; default: the system's place")
