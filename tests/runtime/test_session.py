@@ -326,6 +326,20 @@ def test_weights_outside_the_bundle(tiny_bundle: Path, tmp_path: Path, place: st
     assert "\n" not in str(caught.value)
 
 
+def test_weights_behind_a_link(tiny_bundle: Path, tmp_path: Path) -> None:
+    """A link out of the bundle is refused too, unless graph and weights are both links to one place, as in a cache."""
+    for name in ("b", "cache", "elsewhere"):
+        shutil.copytree(tiny_bundle, tmp_path / name)
+    (tmp_path / "b" / GRAPH_DATA).unlink()
+    (tmp_path / "b" / GRAPH_DATA).symlink_to(tmp_path / "elsewhere" / GRAPH_DATA)
+    with pytest.raises(BundleError, match="cannot be loaded"):
+        Session(open_bundle(tmp_path / "b"), threads=1)
+    for name in (GRAPH, GRAPH_DATA):
+        (tmp_path / "cache" / name).unlink()
+        (tmp_path / "cache" / name).symlink_to(tmp_path / "elsewhere" / name)
+    Session(open_bundle(tmp_path / "cache"), threads=1)
+
+
 def test_graph_that_is_no_decoder(tiny_bundle: Path, tmp_path: Path) -> None:
     copy = tmp_path / "bundle"
     shutil.copytree(tiny_bundle, copy)
