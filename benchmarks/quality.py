@@ -67,12 +67,12 @@ class Page:
 
 PAGES = {
     "README.md": Page(
-        ("", "MB", "perplexity", "KL", "same top token", "made in"),
+        ("", "MB", "perplexity", "KL", "same top token"),
         "One model, the same tokens ({positions:,} positions), run by onnxruntime or llama.cpp; nearest to fp32 first. "
         "`make bench-quality` measures it anew.",
     ),
     "README.zh-CN.md": Page(
-        ("", "MB", "困惑度", "KL", "首选 token 相同", "用时"),
+        ("", "MB", "困惑度", "KL", "首选 token 相同"),
         "同一个模型、同样的 token（{positions:,} 个位置），由 onnxruntime 或 llama.cpp 运行；越靠前越接近 fp32。"
         "用 `make bench-quality` 可重新测量。",
     ),
@@ -207,6 +207,7 @@ def rows(bench: Bench, recipes: Sequence[str], tools: Sequence[str]) -> Iterator
         print(f"{name} …", file=sys.stderr, flush=True)
         try:
             if row := job():
+                print(f"{name}: KL {row.score.kl:.4f}, made in {row.seconds:.0f} s", file=sys.stderr, flush=True)
                 yield row
         except peers.PeerError as e:
             print(f"{name} is left out: {e}", file=sys.stderr)
@@ -225,7 +226,7 @@ def table(found: Sequence[Row], headings: Sequence[str]) -> str:
         s = row.score
         name = f"**{row.name}**" if row.kind == 0 else row.name
         cells = (name, f"{row.size_mb:.1f}", f"{s.ppl_increase:+.2%}", f"{s.kl:.4f}", f"{s.top1:.1%}")
-        lines.append(" | ".join((*cells, f"{row.seconds:.0f} s")))
+        lines.append(" | ".join(cells))
     return "\n".join(f"| {line} |" for line in lines)
 
 

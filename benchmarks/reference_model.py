@@ -24,6 +24,7 @@ import numpy.typing as npt
 from gptedge import safetensors
 from gptedge.checkpoint import CONFIG, WEIGHTS, Checkpoint
 from gptedge.export.sources import open_source
+from gptedge.families import checkpoint_name
 from gptedge.files import new_file, new_folder, write_json
 from gptedge.pull import pull
 
@@ -113,7 +114,7 @@ def _for_llama_cpp(name: str, array: npt.NDArray[np.float32], config: Mapping[st
 def make(out: Path, *, seed: int | None, gguf_file: Path | None = None) -> None:
     """Write the checkpoint folder `out`, and its GGUF twin if asked. A seed of None leaves the weights as they were."""
     source = open_source(pull(MODEL).path)
-    weights = {name: tensor.read() for name, tensor in source.tensors.items()}
+    weights = {checkpoint_name(name): tensor.read() for name, tensor in source.weights().items()}
     if seed is not None:
         rescale(weights, source.hf_config, seed)
     write_folder(out, source, weights)
