@@ -184,8 +184,8 @@ def test_a_large_vocabulary_fits_in_two_gigabytes(tiny_checkpoint: Path, tmp_pat
         return float(done.stderr.split()[-1])
 
     once = peak(1)
-    assert 100 < once < 1000  # 410 as a rule
-    assert peak(3) < once + 250  # holding the logits of two more windows would take 600
+    assert 100 < once < 600  # 410 as a rule
+    assert peak(3) < once + 100
 
 
 def test_bench_reports_every_key(session: Session) -> None:
