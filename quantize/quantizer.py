@@ -119,8 +119,8 @@ class _Job:
         """Token ids to calibrate on, [n_windows, T]; None for recipes that need none."""
         if not (self.recipe.uses("gptq") or self.recipe.smooths):
             return None
-        count = calibration_text.WINDOWS if self.recipe.uses("gptq") else smooth.WINDOWS
-        length = min(calibration_text.WINDOW, int(self.bundle.genai_config["model"]["context_length"]))
+        text = calibration_text if self.recipe.uses("gptq") else smooth
+        count, length = text.WINDOWS, min(text.WINDOW, int(self.bundle.genai_config["model"]["context_length"]))
         if calibration:
             return text_windows(calibration, self.bundle, count, length, seed=self.seed)
         return own_windows(self.bundle, count, length, threads=self.threads, seed=self.seed, report=self.report)
@@ -134,7 +134,8 @@ class _Job:
                 targets = find_targets(model, self._plan(model, read, targets, windows, pool))
             smoothed = [t for t in targets if t.group.smooth]
             if windows is not None and smoothed:
-                walk = Walk(model, read, windows[: smooth.WINDOWS], threads=self.threads)
+                few = windows[: max(1, smooth.WINDOWS * smooth.WINDOW // windows.shape[1])]
+                walk = Walk(model, read, few, threads=self.threads)
                 read = Smoothing(model, read, walk, smoothed).read
             calibrator = None
             if windows is not None and any(t.group.method == "gptq" for t in targets):

@@ -24,8 +24,8 @@ from gptedge.quantize.walk import Read, Walk
 
 FloatArray = npt.NDArray[np.float32]
 
-WINDOWS = 4
-"""Windows of calibration text whose largest activations are taken."""
+WINDOWS, WINDOW = 16, 128
+"""Calibration text whose largest activations are taken; as many tokens of longer windows, where there are such."""
 ALPHA = 0.5
 """How much of a channel's spread goes into the weights: 0 none, 1 all."""
 _SMALLEST = 1e-5  # of a channel's spread and its weights: one that is never used keeps a factor
