@@ -51,6 +51,14 @@ def test_a_text_that_is_too_short() -> None:
         scoring.cut(range(15), 2, 8)
 
 
+def test_calibration_sees_nothing_of_what_is_scored() -> None:
+    from pydoc_data.topics import topics
+
+    text = quality.calibration_text()
+    assert len(text) > 1_000_000
+    assert [name for name, topic in topics.items() if topic.strip()[:200] in text] == []
+
+
 def test_written_between_the_marks(tmp_path: Path) -> None:
     for name in quality.PAGES:
         (tmp_path / name).write_text("before\n<!-- quality -->\nold\n<!-- /quality -->\nafter\n", encoding="utf-8")
