@@ -133,13 +133,3 @@ def _fit(
     right += ridge * scale
     fitted = np.linalg.solve(left.astype(np.float64), right[..., None].astype(np.float64))[..., 0]
     return np.where(fitted > 0, fitted, scale).astype(np.float32)
-
-
-def error(
-    weight: FloatArray, h: FloatArray, integers: FloatArray, scale: FloatArray, zero: FloatArray, scheme: Scheme
-) -> float:
-    """tr((W - Q) H (W - Q)'), the squared error of the product's outputs over all inputs."""
-    k = weight.shape[1]
-    zeros, scales = (np.repeat(a, scheme.block_size, 1)[:, :k] for a in (zero, scale))
-    difference = weight - (integers - zeros) * scales
-    return float(((difference @ h) * difference).sum())

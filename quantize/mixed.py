@@ -107,6 +107,8 @@ def plan(
     report: Report,
 ) -> Recipe:
     """A group for each of `targets`, so that all of them together take at most `budget` bytes."""
+    # A size that cannot be reached is refused before minutes go into measuring.
+    allocate({t.weight: [Choice(s, _size(t, s), 0.0) for s in _candidates(t)] for t in targets}, budget)
     windows = windows[:WINDOWS, :WINDOW]
     probe = _Probe(model, read, targets, windows, threads, pool)
     units = _units(targets)

@@ -74,6 +74,7 @@ def quantize(
     check_destination(out, force=force)
     verify(bundle)
     assert bundle.manifest is not None
+    find_targets(load_graph(bundle.path / GRAPH), rows)  # refuses what the recipe cannot mean before time is spent
     job = _Job(bundle, rows, target_mb, threads or default_threads(), seed, report)
     windows = job.windows(calibration)
     with new_folder(Path(out), force=force) as folder:
