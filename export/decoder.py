@@ -10,7 +10,7 @@ Shapes: B batch, T new tokens, S past + new tokens, D n_embd, F n_ff, V vocab_si
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
@@ -35,9 +35,9 @@ from gptedge.graph_io import (
     present_value,
 )
 from gptedge.onnx_file import WeightFile
+from gptedge.progress import Report, silent
 from gptedge.safetensors import FloatArray, Tensor
 
-Report = Callable[[int, int, str], None]
 Weights = Mapping[str, Tensor]
 _ACTIVATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "silu": ("QuickGelu", {"alpha": 1.0}),  # x * sigmoid(alpha * x)
@@ -45,10 +45,6 @@ _ACTIVATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "gelu_tanh": ("Gelu", {"approximate": "tanh"}),
 }
 _END = np.iinfo(np.int64).max
-
-
-def silent(done: int, total: int, note: str) -> None:
-    """A report that goes nowhere."""
 
 
 def build(

@@ -14,7 +14,7 @@ from gptedge.checkpoint import CONFIG, GENERATION_CONFIG, TOKENIZER, Checkpoint
 from gptedge.config import ModelConfig
 from gptedge.errors import CheckpointError, UnsupportedModelError, UsageError
 from gptedge.export import parity as parity_check
-from gptedge.export.decoder import Report, build, silent
+from gptedge.export.decoder import build
 from gptedge.export.genai import genai_config
 from gptedge.export.reference import Reference
 from gptedge.export.rotary import MULTIPLE
@@ -22,6 +22,7 @@ from gptedge.export.sources import open_source
 from gptedge.files import check_destination, new_folder, seal, write_json
 from gptedge.measure import peak_rss_mb
 from gptedge.onnx_file import WeightFile, save_graph
+from gptedge.progress import Report, silent
 from gptedge.safetensors import finite
 from gptedge.tokenizer import Tokenizer
 

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from gptedge.errors import DownloadError, OutputExistsError
 from gptedge.files import write_json
+from gptedge.progress import Report
 
 MODEL = "smollm2-135m-instruct"
 QUESTION = "What is gravity? Answer in two sentences."
@@ -24,8 +25,6 @@ QUANTIZED = {"int8": "int8", "int4": "int4-rtn"}
 _MARK = "demo.json"
 _EVAL_WINDOWS = {"nano": 16, "smollm2": 6}
 _REPLY_TOKENS = 96
-
-Report = Callable[[int, int, str], None]
 
 
 class Screen(Protocol):

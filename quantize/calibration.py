@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ import numpy.typing as npt
 from gptedge.bundle import GRAPH, Bundle
 from gptedge.errors import DataError
 from gptedge.graph_io import ATTENTION_MASK, INPUT_IDS, LOGITS, PAST_PREFIX, POSITION_IDS, present_names
+from gptedge.progress import Report
 from gptedge.runtime.onnx_runtime import import_onnxruntime
 from gptedge.text import read_text
 from gptedge.tokenizer import Tokenizer
@@ -20,7 +20,6 @@ WINDOW = 512
 WINDOWS = 32
 """Windows that products are calibrated on: 16k tokens."""
 
-Report = Callable[[int, int, str], None]
 Windows = npt.NDArray[np.int64]
 
 

@@ -9,7 +9,7 @@ the scheme's own error over the probe's. Then bytes are spent where they save mo
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 
@@ -20,13 +20,13 @@ from onnx import TensorProto
 
 from gptedge.errors import UsageError
 from gptedge.evaluate.divergence import log_softmax
+from gptedge.progress import Report
 from gptedge.quantize.passes import Target
 from gptedge.quantize.recipes import Group, Recipe, Scheme
 from gptedge.quantize.rounding import dequantize, quantize_matrix
 from gptedge.quantize.walk import Read, Walk
 
 FloatArray = npt.NDArray[np.float32]
-Report = Callable[[int, int, str], None]
 
 WINDOWS, WINDOW = 4, 128
 """Text that costs are measured on; the second half of each window is scored."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +20,7 @@ from gptedge.errors import BundleError, UsageError
 from gptedge.files import check_destination, new_folder
 from gptedge.measure import peak_rss_mb
 from gptedge.onnx_file import PAGE, WeightFile, load_graph, read_initializer, save_graph
+from gptedge.progress import Report, silent
 from gptedge.quantize import calibration as calibration_text
 from gptedge.quantize import mixed, smooth
 from gptedge.quantize.calibrated import Calibrator
@@ -32,7 +32,6 @@ from gptedge.quantize.smooth import Smoothing
 from gptedge.quantize.walk import Read, Walk
 from gptedge.runtime.onnx_runtime import default_threads
 
-Report = Callable[[int, int, str], None]
 FLOAT_RECIPES = ("fp32", "fp16")
 
 
@@ -55,7 +54,7 @@ def quantize(
     seed: int = 0,
     force: bool = False,
     threads: int | None = None,
-    report: Report = lambda done, total, note: None,
+    report: Report = silent,
 ) -> QuantizeResult:
     """Write `out` from the float bundle `source`; `recipe` is one of RECIPES, or a .toml file.
 

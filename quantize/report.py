@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from gptedge.errors import BundleError, DataError, UsageError
 from gptedge.evaluate.bench import decode_speed
 from gptedge.evaluate.divergence import Evaluation, Scores, score, summarize
 from gptedge.model import Model, load
+from gptedge.progress import Report, silent
 from gptedge.quantize.quantizer import FLOAT_RECIPES
 from gptedge.quantize.report_weights import WeightError, weight_errors
 from gptedge.text import read_text
@@ -28,8 +29,6 @@ METRICS = "metrics.jsonl"
 _N_DIFFERENCES = 8
 _BEFORE, _AFTER = 40, 12  # tokens of an excerpt around the one that differs
 _POINTS = 400  # of a loss curve
-
-Report = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
@@ -169,7 +168,7 @@ def collect(
     context: int,
     max_windows: int = DEFAULT_WINDOWS,
     threads: int | None = None,
-    report: Report = lambda done, total, note: None,
+    report: Report = silent,
 ) -> ReportData:
     """Measure every bundle against the reference on `text`, which counts as one of them; read every run.
 

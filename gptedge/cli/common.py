@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +14,7 @@ import typer
 
 from gptedge.errors import MissingExtraError, UsageError
 from gptedge.interrupts import interrupts_held
+from gptedge.progress import Report
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
@@ -29,9 +30,6 @@ TopP = Annotated[float, typer.Option(help="Nucleus sampling.")]
 MinP = Annotated[float, typer.Option(help="Least likelihood relative to the likeliest token.")]
 RepetitionPenalty = Annotated[float, typer.Option(help="Above 1 discourages repeating.")]
 Seed = Annotated[int | None, typer.Option(help="Same seed, same text.")]
-
-Report = Callable[[int, int, str], None]
-"""report(done, total, note)"""
 
 
 def say(message: str) -> None:

@@ -9,8 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from gptedge.cli.common import Json, Report, emit, needs, progress, say, table
+from gptedge.cli.common import Json, emit, needs, progress, say, table
 from gptedge.cli.train import training_progress
+from gptedge.progress import Report
 
 
 def command(

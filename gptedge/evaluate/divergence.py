@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,13 +19,13 @@ import numpy as np
 import numpy.typing as npt
 
 from gptedge.errors import BundleError, DataError, UsageError
+from gptedge.progress import Report, silent
 from gptedge.runtime.session import Session
 
 DEFAULT_CONTEXT = 512
 """Tokens of a window."""
 _ROWS = 64  # positions whose logits are held at once: two models' rows of a 150k vocabulary take 77 MB
 
-Report = Callable[[int, int, str], None]
 Floats = npt.NDArray[np.float64]
 
 
@@ -83,7 +83,7 @@ def evaluate(
     reference: Session | None = None,
     context: int = DEFAULT_CONTEXT,
     max_windows: int | None = None,
-    report: Report = lambda done, total, note: None,
+    report: Report = silent,
 ) -> Evaluation:
     """`summarize` of `score`."""
     return summarize(score(session, ids, reference=reference, context=context, max_windows=max_windows, report=report))
@@ -96,7 +96,7 @@ def score(
     reference: Session | None = None,
     context: int = DEFAULT_CONTEXT,
     max_windows: int | None = None,
-    report: Report = lambda done, total, note: None,
+    report: Report = silent,
 ) -> Scores:
     """Score token ids. Raises DataError when they fill no window, UsageError when the two vocabularies differ,
     BundleError when a model's logits are not numbers."""

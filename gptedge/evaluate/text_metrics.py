@@ -9,7 +9,7 @@ Needs the extra `eval`.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from sacrebleu.metrics.chrf import CHRF
 
 from gptedge.config import SamplingParams
 from gptedge.errors import ContextOverflowError, DataError
+from gptedge.progress import Report, silent
 from gptedge.text import read_text
 
 if TYPE_CHECKING:
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
 _KEYS = {"prompt": True, "reference": True, "system": False}
 """Of a line, and whether it is needed."""
 _ROUGE = ("rouge1", "rouge2", "rougeL")
-
-Report = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ def replies(
     *,
     chat: bool,
     max_tokens: int,
-    report: Report = lambda done, total, note: None,
+    report: Report = silent,
 ) -> list[str]:
     """Greedy replies, without white space around them. `chat` asks through the chat template; else prompts are
     continued. Raises ContextOverflowError naming the first prompt that does not fit, before any is run."""
