@@ -85,7 +85,8 @@ def _own_model(out: Path, screen: Screen, train_seconds: float, seed: int) -> li
     """Train on Python's documentation, and check the export against PyTorch."""
     from gptedge.train.config import TrainConfig
     from gptedge.train.data import TokenData
-    from gptedge.train.run import STATE, run_training
+    from gptedge.train.output import STATE
+    from gptedge.train.run import run_training
 
     screen.title("Train a small GPT on the documentation that Python ships")
     config = TrainConfig(preset="nano", max_seconds=train_seconds, seed=seed)

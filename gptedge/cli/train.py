@@ -33,7 +33,8 @@ def command(
     """Train a GPT from text."""
     with needs("train"):
         from gptedge.train.config import TrainConfig
-        from gptedge.train.run import run_training, saved_config
+        from gptedge.train.output import saved_config
+        from gptedge.train.run import run_training
     flags = {
         "preset": preset,
         "max_steps": max_steps,
@@ -46,7 +47,7 @@ def command(
     if config is not None:
         settings = TrainConfig.from_toml(config, given)
     elif resume:
-        settings = saved_config(out, given)
+        settings = saved_config(out, TrainConfig, given)
     else:
         settings = TrainConfig.from_dict(given, where="the command line")
     with training_progress() as on_step:

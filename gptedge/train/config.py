@@ -1,39 +1,36 @@
-"""`TrainConfig`: every setting of a training run, and the only place where their defaults stand.
+"""`TrainConfig`: every setting of a training run from scratch; the defaults of both stand here and in `settings`.
 
 What a preset decides (shape, batch, learning rate, length) is None here unless it is set. It can be loaded from TOML.
 """
 
 from __future__ import annotations
 
-import difflib
-import tomllib
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import dataclass, fields, replace
+from typing import ClassVar
 
 from gptedge.errors import UsageError
 from gptedge.train.presets import PRESETS, Preset
-
-Precision = Literal["auto", "fp32", "bf16"]
-
-# May differ when a run is resumed: they say how far to go and what to report, not what is computed at a step.
-RESUMABLE_CHANGES = frozenset({"max_steps", "max_seconds", "eval_every", "save_every", "keep_states", "threads"})
+from gptedge.train.settings import Bounds, LoopConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """Flat, frozen and checked where it is made; None is what the preset says."""
+class TrainConfig(LoopConfig):
+    """None is what the preset says."""
+
+    bounds: ClassVar[Bounds] = LoopConfig.bounds | {
+        "vocab_size": (int, 257, 1 << 20),
+        "context_length": (int, 2, 1 << 20),
+        "n_layer": (int, 1, 1000),
+        "n_head": (int, 1, 1000),
+        "n_kv_head": (int, 1, 1000),
+        "n_embd": (int, 2, 1 << 16),
+        "n_ff": (int, 1, 1 << 20),
+        "validation_fraction": (float, 0.0, 0.5),
+        "eval_windows": (int, 1, 1 << 20),
+    }
 
     preset: str = "nano"
     """A row of `presets.PRESETS`."""
-    max_steps: int | None = None
-    """Weight updates to make. With no bound on time either, the preset's."""
-    max_seconds: float | None = None
-    """Time to train for. With both, the learning rate follows, and training ends with, whichever comes first."""
-    seed: int = 0
-    """Of the first weights and of the windows drawn."""
-
     vocab_size: int | None = None
     """Tokens to learn from the text, at least 257: the bytes and the end-of-text token. Less text may give fewer."""
     context_length: int | None = None
@@ -43,53 +40,17 @@ class TrainConfig:
     n_embd: int | None = None
     """A multiple of n_head; heads are n_embd / n_head wide."""
     n_ff: int | None = None
-
-    batch_size: int | None = None
-    """Windows of `context_length` tokens in each step."""
-    learning_rate: float | None = None
-    """The highest of the schedule."""
-    embedding_scale: float = 5.0
-    """Times it, for embedding tables: most of their rows see a gradient in few steps."""
-    warmup: float = 0.05
-    """Fraction of the run in which the learning rate rises."""
-    final_learning_rate: float = 0.05
-    """Fraction of `learning_rate` at which the run ends, after half a cosine."""
-    weight_decay: float = 0.1
-    """Of matrices; embeddings, norms and biases do not decay."""
-    beta1: float = 0.9
-    beta2: float = 0.99
-    """AdamW's memory of gradients and of their squares (arXiv:1711.05101)."""
-    grad_clip: float = 1.0
-    """Largest norm of all gradients together; larger ones are scaled down."""
-    precision: Precision = "auto"
-    """bf16 runs matrix products in bfloat16; auto does where the processor has instructions that gain by it (AMX)."""
-    threads: int = 0
-    """Processor threads; 0 leaves it to torch."""
-
     validation_fraction: float = 0.05
     """Of the text, held out to measure the loss on."""
-    eval_every: int = 100
-    """Steps between measurements of the validation loss; it is also measured at the end."""
     eval_windows: int = 32
     """Windows it is measured on, always the same."""
-    save_every: int = 500
-    """Steps between saves of the state that --resume continues from; 0 saves only at the end and on Ctrl+C."""
-    keep_states: int = 2
-    """Latest states kept; with two, a damaged one costs `save_every` steps."""
 
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
             raise UsageError(f"preset is {self.preset!r}; it must be one of {', '.join(PRESETS)}")
-        if self.precision not in ("auto", "fp32", "bf16"):
-            raise UsageError(f"precision is {self.precision!r}; it must be one of auto, fp32, bf16")
-        for name, (kind, low, high) in _BOUNDS.items():
-            _check_number(name, getattr(self, name), kind, low, high)
+        LoopConfig.__post_init__(self)
         recipe = self.recipe
         recipe.model(vocab_size=recipe.vocab_size)  # refuses shapes that do not fit together
-
-    def to_dict(self) -> dict[str, Any]:
-        """What `from_dict` reads."""
-        return asdict(self)
 
     @property
     def recipe(self) -> Preset:
@@ -98,65 +59,10 @@ class TrainConfig:
         return replace(PRESETS[self.preset], **{k: v for k, v in chosen.items() if v is not None})
 
     @property
+    def peak_learning_rate(self) -> float:
+        return self.recipe.learning_rate
+
+    @property
     def step_limit(self) -> int | None:
-        """The number of steps, the preset's when there is no bound on time either; None leaves it to the time."""
+        """The preset's when there is no bound on time either."""
         return self.max_steps if self.max_seconds is not None else self.recipe.max_steps
-
-    @classmethod
-    def from_toml(cls, path: Path, overrides: Mapping[str, Any] | None = None) -> TrainConfig:
-        """Settings of a TOML file, then those of `overrides` that are not None. Raises UsageError."""
-        try:
-            table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as e:
-            raise UsageError(f"config file {path} cannot be read: {e}") from None
-        return cls.from_dict(table | {k: v for k, v in (overrides or {}).items() if v is not None}, where=str(path))
-
-    @classmethod
-    def from_dict(cls, settings: Mapping[str, Any], *, where: str) -> TrainConfig:
-        """Settings by name; `where` they come from goes into the message about an unknown one."""
-        known = [f.name for f in fields(cls)]
-        for key in settings:
-            if key not in known:
-                near = difflib.get_close_matches(key, known, n=1, cutoff=0)[0]
-                raise UsageError(f"{where}: {key!r} is not a setting; did you mean {near!r}?")
-        return cls(**settings)
-
-
-# name -> kind, lowest, highest
-_BOUNDS: dict[str, tuple[type, float, float]] = {
-    "max_steps": (int, 1, 10**9),
-    "max_seconds": (float, 0.01, 10**9),
-    "seed": (int, 0, 2**63 - 1),
-    "vocab_size": (int, 257, 1 << 20),
-    "context_length": (int, 2, 1 << 20),
-    "n_layer": (int, 1, 1000),
-    "n_head": (int, 1, 1000),
-    "n_kv_head": (int, 1, 1000),
-    "n_embd": (int, 2, 1 << 16),
-    "n_ff": (int, 1, 1 << 20),
-    "batch_size": (int, 1, 1 << 20),
-    "learning_rate": (float, 1e-9, 1.0),
-    "embedding_scale": (float, 1e-3, 1e3),
-    "warmup": (float, 0.0, 0.9),
-    "final_learning_rate": (float, 0.0, 1.0),
-    "weight_decay": (float, 0.0, 10.0),
-    "beta1": (float, 0.0, 0.99999),
-    "beta2": (float, 0.0, 0.99999),
-    "grad_clip": (float, 1e-6, 1e6),
-    "threads": (int, 0, 4096),
-    "validation_fraction": (float, 0.0, 0.5),
-    "eval_every": (int, 1, 10**9),
-    "eval_windows": (int, 1, 1 << 20),
-    "save_every": (int, 0, 10**9),
-    "keep_states": (int, 1, 1000),
-}
-
-
-def _check_number(name: str, value: Any, kind: type, low: float, high: float) -> None:
-    """None passes; an integer is a number too, a bool is none."""
-    if value is None:
-        return
-    noun = "a whole number" if kind is int else "a number"
-    wanted = int if kind is int else (int, float)
-    if isinstance(value, bool) or not isinstance(value, wanted) or not low <= value <= high:
-        raise UsageError(f"{name} is {value!r}; it must be {noun} from {low:g} to {high:g}")

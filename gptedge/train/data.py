@@ -1,4 +1,4 @@
-"""Text for training: read from files, tokenized once into flat arrays, drawn as random windows.
+"""Text for training: read from files and tokenized once into flat arrays.
 
 A document is one file; an end-of-text token follows each. About a twentieth of the text is held out for validation.
 Everything is held in memory as text once, while it is tokenized. Chats and other structured data are not read here.
@@ -15,8 +15,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from gptedge.errors import CheckpointError, DataError
 from gptedge.files import new_file
@@ -157,24 +155,3 @@ def require_length(tokens: TokenArray, context: int) -> None:
     """Raises DataError when not one window can be drawn."""
     if len(tokens) <= context:
         raise DataError(f"the training text has {len(tokens)} tokens, and a window needs {context + 1}; give more text")
-
-
-def random_windows(
-    tokens: TokenArray, *, batch: int, context: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Inputs and targets, [B, T] each, of windows that start anywhere."""
-    starts = torch.randint(len(tokens) - context, (batch,), generator=generator).tolist()
-    return _windows(tokens, starts, context)
-
-
-def spread_windows(tokens: TokenArray, *, count: int, context: int) -> tuple[Tensor, Tensor]:
-    """At most `count` windows, [B, T] each, spread evenly and not overlapping; one shorter one of a short text."""
-    context = min(context, len(tokens) - 1)
-    count = min(count, (len(tokens) - 1) // context)
-    return _windows(tokens, [i * ((len(tokens) - 1) // count) for i in range(count)], context)
-
-
-def _windows(tokens: TokenArray, starts: Sequence[int], context: int) -> tuple[Tensor, Tensor]:
-    rows = np.stack([tokens[start : start + context + 1] for start in starts]).astype(np.int64)
-    windows = torch.from_numpy(rows)
-    return windows[:, :-1], windows[:, 1:]

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from gptedge.checkpoint import Checkpoint
 from gptedge.config import Activation, ModelConfig, rope_frequencies
 from gptedge.errors import ContextOverflowError
+from gptedge.train.batches import IGNORED
 
 Rope: TypeAlias = tuple[Tensor, Tensor]
-"""Cosines and sines, each [T, rope_dim / 2]."""
+"""Cosines and sines, each [T, rope_dim / 2], or [B, 1, T, rope_dim / 2] where rows have their own positions."""
 
 _INIT_STD = 0.02
 
@@ -75,7 +76,9 @@ def norm(c: ModelConfig, layer: nn.Module | None, x: Tensor) -> Tensor:
     return F.rms_norm(x.float(), weight.shape, weight, c.norm_eps)
 
 
-def attention(c: ModelConfig, layer: Attention, x: Tensor, rope: Rope | None, i: int, cache: Cache | None) -> Tensor:
+def attention(
+    c: ModelConfig, layer: Attention, x: Tensor, rope: Rope | None, i: int, cache: Cache | None, same: Tensor | None
+) -> Tensor:
     """Causal grouped-query attention, [B, T, C] -> [B, T, C].
 
     q, k and v stay three products: one over their joined weights took 23.7 ms against 25.3 (forward and backward,
@@ -96,31 +99,39 @@ def attention(c: ModelConfig, layer: Attention, x: Tensor, rope: Rope | None, i:
         q, k = rotate(q, rope), rotate(k, rope)
     if cache is not None:
         k, v = cache.extend(i, k, v)  # [B, K, S, D]
-    y = attend(q, k, v, window=c.window(i), scale=c.attn_scale, softcap=c.attn_softcap)  # [B, H, T, D]
+    y = attend(q, k, v, window=c.window(i), scale=c.attn_scale, softcap=c.attn_softcap, same=same)  # [B, H, T, D]
     out: Tensor = layer.o(y.transpose(1, 2).reshape(b, t, c.q_size))
     return out
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
     """Rotate the leading `rope_dim` of each head; dimension j pairs with j + rope_dim / 2, as Llama's do."""
-    cos, sin = (table.to(x.dtype) for table in rope)  # [T, R / 2]
+    cos, sin = (table.to(x.dtype) for table in rope)  # [T, R / 2] or [B, 1, T, R / 2]
     half = cos.shape[-1]
     x1, x2, rest = torch.split(x, [half, half, x.shape[-1] - 2 * half], dim=-1)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest), dim=-1)
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, *, window: int = 0, scale: float | None = None, softcap: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int = 0,
+    scale: float | None = None,
+    softcap: float | None = None,
+    same: Tensor | None = None,
 ) -> Tensor:
     """Each of the T queries, which are the last of S positions, sees the keys up to its own: [B, H, T, D].
 
-    With a window, only the last `window` of them.
+    With a window, only the last `window` of them; with `same` [B, 1, T, S], only those where it is true.
     """
     t, s = q.shape[2], k.shape[2]
     mask = None
-    if 1 < t < s or 0 < window < s or softcap is not None:
+    if 1 < t < s or 0 < window < s or softcap is not None or same is not None:
         mask = torch.ones(t, s, dtype=torch.bool, device=q.device).tril(s - t)
         mask = mask & ~mask.tril(s - t - window) if window else mask
+        mask = mask if same is None else mask & same
     if softcap is not None and mask is not None:
         return _attend_capped(q, k, v, mask, scale, softcap)
     causal = mask is None and t == s
@@ -152,9 +163,11 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 }
 
 
-def block(c: ModelConfig, layer: Block, x: Tensor, rope: Rope | None, i: int, cache: Cache | None) -> Tensor:
+def block(
+    c: ModelConfig, layer: Block, x: Tensor, rope: Rope | None, i: int, cache: Cache | None, same: Tensor | None
+) -> Tensor:
     """Residual block, [B, T, C] -> [B, T, C]."""
-    update = attention(c, layer.attn, norm(c, layer.attn_norm, x), rope, i, cache)
+    update = attention(c, layer.attn, norm(c, layer.attn_norm, x), rope, i, cache, same)
     after = x + norm(c, layer.attn_post_norm, update)
     seen = x if c.parallel else after
     return after + norm(c, layer.mlp_post_norm, mlp(c, layer.mlp, norm(c, layer.mlp_norm, seen)))
@@ -183,25 +196,38 @@ class GPT(nn.Module):
         model.load_state_dict(weights, assign=True)
         return model.eval()
 
-    def forward(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
-        """Logits [B, T, V] of [B, T] ids; with a cache, ids follow what it holds, and are added to it."""
+    def forward(self, ids: Tensor, cache: Cache | None = None, segments: Tensor | None = None) -> Tensor:
+        """Logits [B, T, V] of [B, T] ids; with a cache, ids follow what it holds, and are added to it.
+
+        With segments [B, T], each run of one number is a sequence of its own: it sees nothing before it, and its
+        positions begin at 0. A cache takes none.
+        """
+        assert cache is None or segments is None, "a cache holds one sequence"
         c, start = self.config, cache.length if cache is not None else 0
         end = start + ids.shape[1]
         if end > c.context_length:
             raise ContextOverflowError(f"{end} tokens do not fit the model's context of {c.context_length}")
         positions = torch.arange(start, end, device=ids.device)  # [T]
+        same = None
+        if segments is not None:
+            positions, same = segment_positions(segments), (segments[:, :, None] == segments[:, None, :])[:, None]
         x = embed(self, ids, positions)
         ropes = {of: rope_tables(of, positions) for of in map(c.rope_of, range(c.n_layer)) if c.position == "rope"}
         for i, layer in enumerate(self.blocks):
             assert isinstance(layer, Block)
-            x = block(c, layer, x, ropes.get(c.rope_of(i)), i, cache)
+            x = block(c, layer, x, ropes.get(c.rope_of(i)), i, cache, same)
         x = norm(c, self.norm, x)
         logits: Tensor = F.linear(x, self.embed.weight) if self.head is None else self.head(x)
         return logits if c.logit_softcap is None else c.logit_softcap * torch.tanh(logits / c.logit_softcap)
 
-    def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy in nats of the targets [B, T] after each of ids [B, T]."""
-        return F.cross_entropy(self(ids).float().flatten(0, 1), targets.flatten())
+    def loss(self, ids: Tensor, targets: Tensor, segments: Tensor | None = None) -> Tensor:
+        """Mean cross-entropy in nats of the targets [B, T] after each of ids [B, T]; 0 where none is scored.
+
+        Targets of `batches.IGNORED` are not scored. `segments` [B, T] are `forward`'s.
+        """
+        logits = self(ids, segments=segments).float().flatten(0, 1)  # [B * T, V]
+        total = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum")
+        return total / (targets != IGNORED).sum().clamp(min=1)
 
     @torch.no_grad()
     def greedy(self, ids: Tensor, n: int, *, cached: bool = True) -> Tensor:
@@ -218,10 +244,18 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
 
+def segment_positions(segments: Tensor) -> Tensor:
+    """How far each token is from the first of its run of one number, [B, T] -> [B, T]."""
+    index = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
+    begins = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
+    return index - index.where(begins, 0).cummax(dim=1).values
+
+
 def rope_tables(c: ModelConfig, positions: Tensor) -> Rope:
-    """Rotations of these positions, computed in float64: 0.2 ms for 512, so no table is kept."""
+    """Rotations of positions [T] or [B, T], computed in float64: 0.2 ms for 512, so no table is kept."""
     frequencies = torch.tensor(rope_frequencies(c), dtype=torch.float64, device=positions.device)
-    angles = torch.outer(positions.double(), frequencies)  # [T, R / 2]
+    angles = positions.double()[..., None] * frequencies  # [T, R / 2] or [B, T, R / 2]
+    angles = angles if positions.ndim == 1 else angles[:, None]
     factor = c.rope_attention_factor
     return (angles.cos() * factor).float(), (angles.sin() * factor).float()
 

@@ -1,49 +1,41 @@
 """A whole training run: text in, a Hugging Face checkpoint out. The function behind `gptedge train`.
 
-    OUT/config.json  model.safetensors  tokenizer.json  tokenizer_config.json  generation_config.json    the checkpoint
-    OUT/metrics.jsonl    a line for each step
-    OUT/state/           what --resume continues from
-
-The checkpoint appears when the training is done; until then, OUT has only metrics and state. With `force`, an older
-checkpoint in OUT stays until the new one takes its place, and files that are not a checkpoint's are left alone.
+What it writes, and how it is resumed, stands in `output`.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gptedge.checkpoint import (
-    CONFIG,
-    SIDE_FILES,
-    TOKENIZER,
-    TOKENIZER_CONFIG,
-    WEIGHTS,
-    WEIGHTS_INDEX,
-    read_json_object,
-    write_checkpoint,
-)
+from gptedge.checkpoint import TOKENIZER, TOKENIZER_CONFIG, write_checkpoint
 from gptedge.config import ModelConfig
-from gptedge.errors import CheckpointError, OutputExistsError, UsageError
-from gptedge.files import new_folder, write_json
 from gptedge.tokenizer import Tokenizer, train_bpe
-from gptedge.train.config import RESUMABLE_CHANGES, TrainConfig
+from gptedge.train.config import TrainConfig
 from gptedge.train.data import TokenData, fingerprint, read_documents, require_length, tokenize, vocabulary_sample
 from gptedge.train.model import GPT
-from gptedge.train.state import discard_after, load_state
+from gptedge.train.output import (
+    METRICS,
+    STATE,
+    OnMessage,
+    begin_run,
+    check_output,
+    check_same_run,
+    precision_line,
+    put_checkpoint,
+    resume_trainer,
+)
 from gptedge.train.stdlib import stdlib_corpus
 from gptedge.train.trainer import OnStep, Trainer
+from gptedge.train.windows import RandomWindows
 
 END_OF_TEXT = "<|endoftext|>"
-STATE, METRICS, RUN = "state", "metrics.jsonl", "run.json"
-
-OnMessage = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -87,14 +79,20 @@ def run_training(
     Raises OutputExistsError, UsageError, DataError, CheckpointError, TrainingError; KeyboardInterrupt saves the state.
     """
     out = Path(out)
-    _check_out(out, resume=resume, force=force)
+    check_output(out, resume=resume, force=force)
     if config.threads:
         torch.set_num_threads(config.threads)
     documents = list(stdlib_corpus()) if paths is None else read_documents(paths)
-    run = _reopen(out / STATE, config, documents) if resume else _begin(out, config, documents, on_message)
-    trainer = _make_trainer(out, run, config, resume=resume, on_message=on_message)
+    run = _reopen(out, config, documents) if resume else _begin(out, config, documents, on_message)
+    torch.manual_seed(config.seed)
+    model = GPT(run.model)
+    trainer = _make_trainer(out, run, config, model)
+    if resume:
+        resume_trainer(trainer, out, on_message)
+    threads = torch.get_num_threads()
+    on_message(f"model: {model.n_parameters():,} parameters; {precision_line(trainer)}; {threads} threads")
     trainer.train(on_step)
-    _write(out, trainer.model, run.tokenizer)
+    _write(out, model, run.tokenizer)
     return TrainResult(
         checkpoint=out,
         steps=trainer.step,
@@ -103,22 +101,12 @@ def run_training(
         val_loss=trainer.val_loss,
         seconds=trainer.elapsed_s,
         tokens_per_second=trainer.tokens_seen / trainer.elapsed_s,
-        parameters=trainer.model.n_parameters(),
+        parameters=model.n_parameters(),
         precision=trainer.precision,
     )
 
 
 # ---- beginning -----------------------------------------------------------------------------------------------------
-
-
-def _check_out(out: Path, *, resume: bool, force: bool) -> None:
-    if resume and not (out / STATE / RUN).is_file():
-        raise CheckpointError(f"cannot resume: {out / STATE} holds no run; start one without --resume")
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"{out} is a file, and the output is a folder; choose another output")
-    if out.exists() and not (resume or force):
-        hint = "go on with it by --resume, " if (out / STATE / RUN).is_file() else ""
-        raise OutputExistsError(f"{out} exists already; {hint}choose another output or add --force")
 
 
 def _begin(out: Path, config: TrainConfig, documents: Sequence[str], on_message: OnMessage) -> _Run:
@@ -136,50 +124,36 @@ def _begin(out: Path, config: TrainConfig, documents: Sequence[str], on_message:
         f"tokenized in {time.perf_counter() - learned:.1f} s"
     )
     require_length(data.train, recipe.context_length)
-    run = _Run(tokenizer, data, recipe.model(vocab_size=tokenizer.vocab_size))
-    (out / METRICS).unlink(missing_ok=True)
-    with new_folder(out / STATE, force=True) as folder:
+
+    def save(folder: Path) -> None:
         tokenizer.save(folder / TOKENIZER)
         data.save(folder)
-        write_json(folder / RUN, {"config": config.to_dict(), "data_sha256": fingerprint(documents)})
-    return run
+
+    begin_run(out, config, _identity(documents), save)
+    return _Run(tokenizer, data, recipe.model(vocab_size=tokenizer.vocab_size))
 
 
-def saved_config(out: Path, overrides: Mapping[str, Any] | None = None) -> TrainConfig:
-    """The configuration of the run in `out`, with what is not None in `overrides`: what to resume it with."""
-    path = Path(out) / STATE / RUN
-    settings = read_json_object(path).get("config")
-    if not isinstance(settings, dict):
-        raise CheckpointError(f"{path} has no config; start the run again without --resume")
-    given = {name: value for name, value in (overrides or {}).items() if value is not None}
-    return TrainConfig.from_dict(settings | given, where=str(path))
-
-
-def _reopen(folder: Path, config: TrainConfig, documents: Sequence[str]) -> _Run:
+def _reopen(out: Path, config: TrainConfig, documents: Sequence[str]) -> _Run:
     """What `_begin` wrote; refuses another configuration or other text than the run began with."""
-    before = saved_config(folder.parent)
-    for name, value in config.to_dict().items():
-        old = getattr(before, name)
-        if value != old and name not in RESUMABLE_CHANGES:
-            raise UsageError(f"cannot resume with {name} {value!r}: the run began with {old!r}; leave it as it was")
-    if read_json_object(folder / RUN).get("data_sha256") != fingerprint(documents):
-        raise CheckpointError(f"cannot resume: the text is not what the run in {folder.parent} began with")
-    tokenizer = Tokenizer.from_folder(folder)
-    return _Run(tokenizer, TokenData.load(folder), config.recipe.model(vocab_size=tokenizer.vocab_size))
+    check_same_run(out, config, _identity(documents))
+    tokenizer = Tokenizer.from_folder(out / STATE)
+    return _Run(tokenizer, TokenData.load(out / STATE), config.recipe.model(vocab_size=tokenizer.vocab_size))
 
 
-def _make_trainer(out: Path, run: _Run, config: TrainConfig, *, resume: bool, on_message: OnMessage) -> Trainer:
-    torch.manual_seed(config.seed)
-    trainer = Trainer(config, GPT(run.model), run.data, folder=out / STATE, metrics=out / METRICS)
-    if resume:
-        trainer.restore(load_state(out / STATE, on_message))
-        discard_after(out / STATE, trainer.step)
-        on_message(f"resuming after step {trainer.step:,}")
-    how = "bfloat16 matrix products" if trainer.precision == "bf16" else "float32"
-    why = "as asked" if config.precision != "auto" else "the faster on this processor"
-    parameters = trainer.model.n_parameters()
-    on_message(f"model: {parameters:,} parameters; {how}, {why}; {torch.get_num_threads()} threads")
-    return trainer
+def _identity(documents: Sequence[str]) -> dict[str, str]:
+    return {"text_sha256": fingerprint(documents)}
+
+
+def _make_trainer(out: Path, run: _Run, config: TrainConfig, model: GPT) -> Trainer:
+    recipe = config.recipe
+    windows = RandomWindows(
+        run.data,
+        batch_size=recipe.batch_size,
+        context=recipe.context_length,
+        eval_windows=config.eval_windows,
+        seed=config.seed,
+    )
+    return Trainer(config, model, windows, folder=out / STATE, metrics=out / METRICS)
 
 
 # ---- the checkpoint ------------------------------------------------------------------------------------------------
@@ -203,19 +177,10 @@ def _tokenizer_config(context_length: int) -> dict[str, Any]:
 
 
 def _write(out: Path, model: GPT, tokenizer: Tokenizer) -> None:
-    """Write the checkpoint aside, then put it in the place of what OUT may hold of another."""
     side_files = {
         TOKENIZER: (out / STATE / TOKENIZER).read_bytes(),
         TOKENIZER_CONFIG: json.dumps(_tokenizer_config(model.config.context_length), indent=2).encode() + b"\n",
     }
     weights = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), _end_id(tokenizer))
-    aside = out / ".checkpoint"
-    with new_folder(aside, force=True) as folder:
-        write_checkpoint(folder, model.config, weights, side_files, token_ids=ids)
-    # No config.json, no checkpoint: it goes first and comes last, so that none is ever half old and half new.
-    for name in (CONFIG, WEIGHTS, WEIGHTS_INDEX, *SIDE_FILES):
-        (out / name).unlink(missing_ok=True)
-    for file in sorted(aside.iterdir(), key=lambda file: file.name == CONFIG):
-        file.rename(out / file.name)
-    aside.rmdir()
+    put_checkpoint(out, lambda folder: write_checkpoint(folder, model.config, weights, side_files, token_ids=ids))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from gptedge.train.config import TrainConfig
+from gptedge.train.settings import LoopConfig
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Budget:
         return elapsed_s * (1 - progress) / progress if progress else math.inf
 
 
-def learning_rate(config: TrainConfig, progress: float) -> float:
+def learning_rate(config: LoopConfig, progress: float) -> float:
     """Rises in a line over `warmup`, then falls along half a cosine to its last fraction."""
-    peak, floor = config.recipe.learning_rate, config.final_learning_rate
+    peak, floor = config.peak_learning_rate, config.final_learning_rate
     if progress < config.warmup:
         return peak * progress / config.warmup
     turn = (progress - config.warmup) / (1 - config.warmup)

@@ -1,4 +1,4 @@
-"""The training loop: AdamW over random windows of tokens, until the steps or the time are used up.
+"""The training loop: AdamW over the batches of a source, until the steps or the time are used up.
 
 It reports every step, saves states that a run continues from bit for bit, and stops cleanly on Ctrl+C. It knows nothing
 of files of text, tokenizers or checkpoints: `run` brings those. One process, one device: the processor.
@@ -12,7 +12,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,13 +24,10 @@ from torch import Tensor, nn
 
 from gptedge.errors import CheckpointError, TrainingError
 from gptedge.files import new_file
-from gptedge.train.config import TrainConfig
-from gptedge.train.data import TokenData, random_windows, spread_windows
-from gptedge.train.model import GPT
+from gptedge.train.batches import Batch, BatchSource
 from gptedge.train.schedule import Budget, learning_rate
+from gptedge.train.settings import LoopConfig
 from gptedge.train.state import State, latest_state, save_state
-
-_EVAL_BATCH = 8  # windows at a time when the validation loss is measured
 
 
 @dataclass(frozen=True)
@@ -40,7 +37,7 @@ class StepReport:
     step: int
     max_steps: int | None
     loss: float
-    """Of this step's windows before its update, in nats per token."""
+    """Of this step's batch before its update, in nats per token."""
     val_loss: float | None
     """After the update, at the steps where it was measured."""
     tokens_per_second: float
@@ -58,21 +55,35 @@ OnStep = Callable[[StepReport], None]
 # ---- parts ---------------------------------------------------------------------------------------------------------
 
 
-def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
-    """Matrices decay; embedding tables, which learn faster, and all that has one dimension (norms, biases) do not.
+class Objective(nn.Module):
+    """A model's loss as a module's call, which is what PyTorch's own wrappers take."""
 
-    `scale` times the schedule's learning rate is a group's own.
+    def __init__(self, model: nn.Module) -> None:
+        """`model` has `loss(ids, targets, segments)`: the mean over the targets that are scored, as GPT's."""
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor, targets: Tensor, segments: Tensor | None) -> Tensor:
+        loss: Tensor = self.model.loss(ids, targets, segments)  # type: ignore[operator]  # nn.Module knows no methods
+        return loss
+
+
+def parameter_groups(model: nn.Module, config: LoopConfig) -> list[dict[str, Any]]:
+    """Of what requires a gradient, matrices decay, and all that has one dimension (norms, biases) does not.
+
+    Neither do embedding tables, which learn faster. `scale` times the schedule's learning rate is a group's own.
     """
-    tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
-    others = [p for p in model.parameters() if all(p is not table for table in tables)]
-    return [
+    tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding) and m.weight.requires_grad]
+    others = [p for p in model.parameters() if p.requires_grad and all(p is not table for table in tables)]
+    groups = [
         {"params": [p for p in others if p.ndim >= 2], "weight_decay": config.weight_decay, "scale": 1.0},
         {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0, "scale": 1.0},
         {"params": tables, "weight_decay": 0.0, "scale": config.embedding_scale},
     ]
+    return [group for group in groups if group["params"]]
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+def make_optimizer(model: nn.Module, config: LoopConfig) -> torch.optim.AdamW:
     """AdamW, fused: 2.4 ms a step for 4M parameters where the plain loop takes 8.3."""
     groups = parameter_groups(model, config)
     return torch.optim.AdamW(groups, lr=0.0, betas=(config.beta1, config.beta2), fused=True)
@@ -102,13 +113,26 @@ _MALLOC_OPTIONS = ((-3, 32 << 20), (-1, 2**31 - 1), (-2, 64 << 20))
 
 
 @torch.no_grad()
-def validation_loss(model: GPT, windows: tuple[Tensor, Tensor]) -> float:
-    """Mean cross-entropy in nats over the windows' tokens."""
+def validation_loss(model: nn.Module, batches: Sequence[Batch]) -> float:
+    """Mean cross-entropy in nats over the scored tokens of all batches."""
     model.eval()
-    pairs = zip(*(torch.split(side, _EVAL_BATCH) for side in windows), strict=True)
-    total = sum(float(model.loss(ids, targets)) * len(ids) for ids, targets in pairs)
+    objective = Objective(model)
+    total = sum(float(objective(b.ids, b.targets, b.segments)) * b.scored for b in batches)
     model.train()
-    return total / len(windows[0])
+    return total / sum(b.scored for b in batches)
+
+
+def trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """What training changes: parameters that require a gradient, and the buffers that a state_dict has."""
+    fixed = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in fixed}
+
+
+def load_trained_state(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Put back what `trained_state` gave. Raises KeyError for anything else."""
+    if difference := trained_state(model).keys() ^ state.keys():
+        raise KeyError(f"{min(difference)} is in only one of model and state")
+    model.load_state_dict(state, strict=False)
 
 
 @contextmanager
@@ -140,18 +164,22 @@ def deferred_interrupt() -> Iterator[Callable[[], bool]]:
 
 
 class Trainer:
-    """A run under way: the model, its optimizer, the windows still to be drawn, and how far it has come."""
+    """A run under way: the model, its optimizer, where its batches come from, and how far it has come."""
 
-    def __init__(self, config: TrainConfig, model: GPT, data: TokenData, *, folder: Path, metrics: Path) -> None:
-        """`folder` takes the states, `metrics` a JSON line for each step."""
-        self.config, self.recipe = config, config.recipe
-        self.model, self.data = model.train(), data
+    def __init__(
+        self, config: LoopConfig, model: nn.Module, source: BatchSource, *, folder: Path, metrics: Path
+    ) -> None:
+        """`model` has a loss as `Objective` says; its parameters that require a gradient are trained.
+
+        `folder` takes the states, `metrics` a JSON line for each step.
+        """
+        self.config, self.source = config, source
+        self.model, self.objective = model.train(), Objective(model)
         self.folder, self.metrics = folder, metrics
         self.optimizer = make_optimizer(model, config)
-        self.generator = torch.Generator().manual_seed(config.seed)
         self.precision = choose_precision(config.precision)
         self.budget = Budget(config.step_limit, config.max_seconds)
-        self.held_out = _held_out_windows(config, data)
+        self.held_out = source.held_out()
         self.step, self.tokens_seen, self.elapsed_s = 0, 0, 0.0
         self.loss = math.nan
         self.val_loss: float | None = None
@@ -178,15 +206,10 @@ class Trainer:
     def _step(self) -> StepReport:
         began = time.perf_counter()
         rate = learning_rate(self.config, self.budget.progress(self.step + 1, self.elapsed_s))
-        ids, targets = random_windows(
-            self.data.train,
-            batch=self.recipe.batch_size,
-            context=self.recipe.context_length,
-            generator=self.generator,
-        )  # [B, T] each
-        self.loss, grad_norm = self._update(ids, targets, rate)
+        batch = self.source.batch(self.step)
+        self.loss, grad_norm = self._update(batch, rate)
         self.step += 1
-        self.tokens_seen += ids.numel()
+        self.tokens_seen += batch.ids.numel()
         now = time.perf_counter()
         self.elapsed_s = now - self._began
         measured = self._validate() if self.step % self.config.eval_every == 0 or self.is_done else None
@@ -195,17 +218,17 @@ class Trainer:
             max_steps=self.budget.max_steps,
             loss=self.loss,
             val_loss=measured,
-            tokens_per_second=ids.numel() / (now - began),
+            tokens_per_second=batch.ids.numel() / (now - began),
             learning_rate=rate,
             grad_norm=grad_norm,
             elapsed_s=self.elapsed_s,
             eta_s=self.budget.eta_s(self.step, self.elapsed_s),
         )
 
-    def _update(self, ids: Tensor, targets: Tensor, rate: float) -> tuple[float, float]:
+    def _update(self, batch: Batch, rate: float) -> tuple[float, float]:
         """One update of the weights; gives the loss and the norm of the gradients before it."""
         with autocast(self.precision):
-            loss = self.model.loss(ids, targets)
+            loss: Tensor = self.objective(batch.ids, batch.targets, batch.segments)
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
         self._check_finite(loss.item(), norm.item(), rate)
@@ -222,32 +245,30 @@ class Trainer:
         kept = f"{saved} is kept" if saved else "no state had been saved yet"
         raise TrainingError(
             f"step {self.step + 1}: the loss is {loss:g} and its gradient's norm {norm:g}, at a learning rate of "
-            f"{rate:.2g}; {kept}; train again with a lower learning_rate than {self.recipe.learning_rate:g}"
+            f"{rate:.2g}; {kept}; train again with a lower learning_rate than {self.config.peak_learning_rate:g}"
         )
 
     def _validate(self) -> float | None:
-        if self.held_out is not None:
+        if self.held_out:
             with autocast(self.precision):
                 self.val_loss = validation_loss(self.model, self.held_out)
         return self.val_loss
 
     def state(self) -> State:
-        """Everything that the next steps depend on."""
+        """Everything that the next steps depend on, and that the run began with neither in files nor by its seed."""
         return {
-            "model": self.model.state_dict(),
+            "model": trained_state(self.model),
             "optimizer": self.optimizer.state_dict(),
             "torch_generator": torch.get_rng_state(),
-            "window_generator": self.generator.get_state(),
             **{name: getattr(self, name) for name in _COUNTS},
         }
 
     def restore(self, state: State) -> None:
         """Continue from a state of the same run; later lines of the metrics are removed."""
         try:
-            self.model.load_state_dict(state["model"])
+            load_trained_state(self.model, state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             torch.set_rng_state(state["torch_generator"])
-            self.generator.set_state(state["window_generator"])
             for name in _COUNTS:
                 setattr(self, name, state[name])
         except (KeyError, RuntimeError, TypeError, ValueError) as e:
@@ -270,12 +291,6 @@ def _stops(on_step: OnStep, report: StepReport) -> bool:
     except KeyboardInterrupt:
         return True
     return False
-
-
-def _held_out_windows(config: TrainConfig, data: TokenData) -> tuple[Tensor, Tensor] | None:
-    if len(data.validation) < 2:
-        return None
-    return spread_windows(data.validation, count=config.eval_windows, context=config.recipe.context_length)
 
 
 def _cut_metrics(path: Path, step: int) -> None:

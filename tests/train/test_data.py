@@ -1,4 +1,4 @@
-"""Reading text, splitting it, tokenizing it and drawing windows of it."""
+"""Reading text, splitting it, and tokenizing it."""
 
 from __future__ import annotations
 
@@ -11,17 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from gptedge.errors import CheckpointError, DataError
 from gptedge.tokenizer import train_bpe
 from gptedge.train.data import (
     TokenData,
     held_out,
-    random_windows,
     read_documents,
     require_length,
-    spread_windows,
     tokenize,
     vocabulary_sample,
 )
@@ -107,36 +104,10 @@ def test_vocabulary_sample_takes_from_every_document() -> None:
     assert [(piece[0], len(piece)) for piece in vocabulary_sample(large)] == [("a", 3_000_000), ("b", 1_000_000)]
 
 
-def test_random_windows_follow_the_generator_and_reach_both_ends() -> None:
-    tokens = np.arange(40, dtype=np.uint16)
-
-    def draw(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return random_windows(tokens, batch=400, context=8, generator=torch.Generator().manual_seed(seed))
-
-    ids, targets = draw(1)
-    assert ids.shape == targets.shape == (400, 8)
-    assert torch.equal(targets, ids + 1)
-    assert (ids.min(), targets.max()) == (0, 39)
-    assert torch.equal(ids, draw(1)[0])
-    assert not torch.equal(ids, draw(2)[0])
-
-
 def test_text_shorter_than_a_window_is_refused() -> None:
     require_length(np.arange(9, dtype=np.uint16), 8)
     with pytest.raises(DataError, match=r"has 8 tokens, and a window needs 9"):
         require_length(np.arange(8, dtype=np.uint16), 8)
-
-
-@pytest.mark.parametrize(("count", "starts"), [(3, [0, 9, 18]), (99, [0, 7, 14, 21])])
-def test_spread_windows_do_not_overlap(count: int, starts: list[int]) -> None:
-    ids, targets = spread_windows(np.arange(30, dtype=np.uint16), count=count, context=7)
-    assert ids[:, 0].tolist() == starts
-    assert torch.equal(targets, ids + 1)
-
-
-def test_spread_windows_of_a_short_text_are_one_short_window() -> None:
-    ids, targets = spread_windows(np.arange(5, dtype=np.uint16), count=4, context=100)
-    assert (ids.tolist(), targets.tolist()) == ([[0, 1, 2, 3]], [[1, 2, 3, 4]])
 
 
 def test_tokens_come_back_from_disk(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from gptedge.checkpoint import open_checkpoint
 from gptedge.config import Activation, ModelConfig
 from gptedge.errors import ContextOverflowError
 from gptedge.families import tensor_shapes
+from gptedge.train.batches import IGNORED
 from gptedge.train.model import GPT, Cache
 
 # Odd sizes: a vocabulary that is prime, three query heads to one of keys, a head that is not n_embd / n_head.
@@ -112,6 +113,28 @@ def test_cache_takes_many_tokens_at_once() -> None:
         pieces = torch.cat([model(piece, cache) for piece in ids.split((4, 1, 17, 8), dim=1)], dim=1)
         torch.testing.assert_close(pieces, model(ids), rtol=0, atol=1e-5)
     assert cache.length == 30
+
+
+@pytest.mark.parametrize(
+    "switches",
+    [{}, {"attn_softcap": 5.0}, {"windows": (0, 6)}, {"position": "learned", "norm": "layer", "gated": False}],
+)
+def test_packed_sequences_equal_separate_ones(switches: dict[str, Any]) -> None:
+    model = seeded(**switches)
+    lengths = [(9, 1, 14), (4, 12, 8)]
+    ids, targets = torch.randint(131, (2, 2, 24))
+    targets[0, 3:12] = IGNORED
+    segments = torch.stack([torch.repeat_interleave(torch.tensor([5, 0, 3]), torch.tensor(row)) for row in lengths])
+    with torch.no_grad():
+        packed = model(ids, segments=segments)
+        pieces = [[model(piece[None])[0] for piece in row.split(n)] for row, n in zip(ids, lengths, strict=True)]
+        separate = torch.stack([torch.cat(row) for row in pieces])
+        torch.testing.assert_close(packed, separate, rtol=0, atol=1e-5)
+        assert (model(ids) - separate).abs().max() > 0.1  # otherwise packing had nothing to keep apart
+        scored = targets != IGNORED
+        expected = torch.nn.functional.cross_entropy(separate[scored], targets[scored])
+        torch.testing.assert_close(model.loss(ids, targets, segments), expected)
+        assert model.loss(ids, torch.full_like(targets, IGNORED), segments) == 0
 
 
 def test_context_overflow_names_both_lengths() -> None:

@@ -19,7 +19,8 @@ from gptedge.errors import CheckpointError, DataError, OutputExistsError, UsageE
 from gptedge.tokenizer import Tokenizer
 from gptedge.train.config import TrainConfig
 from gptedge.train.model import GPT
-from gptedge.train.run import run_training, saved_config
+from gptedge.train.output import saved_config
+from gptedge.train.run import run_training
 from gptedge.train.trainer import StepReport
 
 TIMES = ("tokens_per_second", "elapsed_s", "eta_s")
@@ -187,7 +188,9 @@ def test_resuming_without_a_state_is_refused(
 def test_a_finished_run_can_be_taken_further(whole: Path, texts: Path, tiny: TrainConfig, tmp_path: Path) -> None:
     out = tmp_path / "m"
     run_training([texts], out, config=replace(tiny, max_steps=5))
-    result = run_training([texts], out, config=saved_config(out, {"max_steps": 8, "seed": None}), resume=True)
+    result = run_training(
+        [texts], out, config=saved_config(out, TrainConfig, {"max_steps": 8, "seed": None}), resume=True
+    )
     assert result.steps == 8
     assert [line["step"] for line in outcome(out)[1]] == list(range(1, 9))
 

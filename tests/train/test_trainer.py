@@ -10,16 +10,20 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from gptedge.config import ModelConfig
-from gptedge.errors import TrainingError
+from gptedge.errors import CheckpointError, TrainingError
+from gptedge.train.batches import IGNORED, Batch
 from gptedge.train.config import TrainConfig
 from gptedge.train.data import TokenData
 from gptedge.train.model import GPT
+from gptedge.train.settings import LoopConfig
 from gptedge.train.state import load_state
 from gptedge.train.trainer import (
     StepReport,
@@ -29,6 +33,7 @@ from gptedge.train.trainer import (
     parameter_groups,
     validation_loss,
 )
+from gptedge.train.windows import RandomWindows
 
 MakeTrainer = Callable[..., Trainer]
 
@@ -41,7 +46,8 @@ def make(tiny: TrainConfig, tmp_path: Path) -> MakeTrainer:
         stream = np.random.default_rng(0).integers(0, 300, tokens).astype(np.uint16)
         data = TokenData(stream, stream[:100])
         model = GPT(config.recipe.model(vocab_size=300))
-        return Trainer(config, model, data, folder=tmp_path, metrics=tmp_path / "metrics.jsonl")
+        source = RandomWindows(data, batch_size=4, context=16, eval_windows=32, seed=config.seed)
+        return Trainer(config, model, source, folder=tmp_path, metrics=tmp_path / "metrics.jsonl")
 
     return make
 
@@ -102,7 +108,7 @@ def test_reports_and_metrics_say_the_same(make: MakeTrainer) -> None:
     assert [vars(report) for report in reports] == lines(trainer)
     assert [report.step for report in reports] == list(range(1, 21))
     assert [report.step for report in reports if report.val_loss is not None] == [6, 12, 18, 20]
-    assert trainer.held_out is not None
+    assert trainer.held_out
     assert reports[-1].val_loss == validation_loss(trainer.model, trainer.held_out)
     assert reports[-1].learning_rate == pytest.approx(0.05 * 1e-2)
     assert trainer.tokens_seen == 20 * 4 * 16
@@ -125,9 +131,9 @@ def test_a_loss_that_is_no_number_ends_training_and_keeps_the_last_state(
     trainer = make()
     honest, calls = GPT.loss, list[int]()
 
-    def loss(self: GPT, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def loss(self: GPT, *batch: Any) -> torch.Tensor:
         calls.append(1)
-        return honest(self, ids, targets) * (bad if trainer.step == 12 else 1.0)
+        return honest(self, *batch) * (bad if trainer.step == 12 else 1.0)
 
     monkeypatch.setattr(GPT, "loss", loss)
     with pytest.raises(TrainingError, match=r"step 13: .*step-00000010\.pt is kept; .*lower learning_rate than 0\.01"):
@@ -172,3 +178,62 @@ def test_bf16_learns_like_fp32(make: MakeTrainer) -> None:
         losses.append(trainer.val_loss)
     assert losses[0] != losses[1]
     assert losses[0] == pytest.approx(losses[1], rel=0.01)
+
+
+# ---- other models, other sources -----------------------------------------------------------------------------------
+
+
+class Adapted(nn.Module):
+    """A fixed table and a small matrix on top of it: a model that shares nothing with GPT but its loss's arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(7, 5)
+        self.table.weight.requires_grad_(False)
+        self.top = nn.Linear(5, 7, bias=False)
+
+    def loss(self, ids: torch.Tensor, targets: torch.Tensor, segments: torch.Tensor | None) -> torch.Tensor:
+        logits = self.top(self.table(ids)).flatten(0, 1)
+        return nn.functional.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED)
+
+
+class Cycle:
+    """0 1 2 … 6 0 1 …; only every other target is scored, and the validation batches are of unequal size."""
+
+    def batch(self, step: int) -> Batch:
+        ids = (torch.arange(8) + step)[None] % 7
+        targets = (ids + 1) % 7
+        return Batch(ids, targets.where(torch.arange(8) % 2 == 0, IGNORED))
+
+    def held_out(self) -> list[Batch]:
+        return [self.batch(0), self.batch(1).rows(0, 1), Batch(torch.tensor([[3]]), torch.tensor([[4]]))]
+
+
+def adapted(folder: Path, *, steps: int) -> Trainer:
+    torch.manual_seed(0)
+    config = LoopConfig(max_steps=steps, learning_rate=0.1, eval_every=5, precision="fp32")
+    return Trainer(config, Adapted(), Cycle(), folder=folder, metrics=folder / "metrics.jsonl")
+
+
+def test_only_what_requires_a_gradient_is_trained_and_saved(tmp_path: Path) -> None:
+    trainer = adapted(tmp_path, steps=60)
+    table = trainer.model.table.weight.clone()
+    trainer.train(lambda report: None)
+    assert trainer.loss < 0.2
+    assert torch.equal(trainer.model.table.weight, table)
+    assert list(trainer.state()["model"]) == ["top.weight"]
+    again = adapted(tmp_path, steps=61)
+    again.restore(load_state(tmp_path, print))
+    assert torch.equal(again.model.top.weight, trainer.model.top.weight)
+    again.model.table.weight.requires_grad_(True)
+    with pytest.raises(CheckpointError, match=r"not of this run: .*table\.weight is in only one"):
+        again.restore(load_state(tmp_path, print))
+
+
+def test_the_validation_loss_is_the_mean_over_scored_tokens(tmp_path: Path) -> None:
+    trainer = adapted(tmp_path, steps=1)
+    with torch.no_grad():
+        losses = [float(trainer.model.loss(b.ids, b.targets, None)) for b in Cycle().held_out()]
+    expected = (4 * losses[0] + 4 * losses[1] + losses[2]) / 9
+    assert validation_loss(trainer.model, Cycle().held_out()) == pytest.approx(expected, rel=1e-6)
+    assert expected != pytest.approx(sum(losses) / 3, rel=1e-3)

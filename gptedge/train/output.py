@@ -1,0 +1,100 @@
+"""The folder that a training run writes: begun, reopened to be resumed, and at the end turned into a checkpoint.
+
+    OUT/config.json  model.safetensors  tokenizer.json  tokenizer_config.json  generation_config.json    the checkpoint
+    OUT/metrics.jsonl    a line for each step
+    OUT/state/           what --resume continues from
+
+The checkpoint appears when the training is done; until then, OUT has only metrics and state. With `force`, an older
+checkpoint in OUT stays until the new one takes its place, and files that are not a checkpoint's are left alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from gptedge.checkpoint import CONFIG, SIDE_FILES, WEIGHTS, WEIGHTS_INDEX, read_json_object
+from gptedge.errors import CheckpointError, OutputExistsError, UsageError
+from gptedge.files import new_folder, write_json
+from gptedge.train.settings import RESUMABLE_CHANGES, LoopConfig
+from gptedge.train.state import discard_after, load_state
+from gptedge.train.trainer import Trainer
+
+STATE, METRICS, RUN = "state", "metrics.jsonl", "run.json"
+
+OnMessage = Callable[[str], None]
+Config = TypeVar("Config", bound=LoopConfig)
+
+
+def check_output(out: Path, *, resume: bool, force: bool) -> None:
+    """Before anything is done. Raises CheckpointError, UsageError, OutputExistsError."""
+    if resume and not (out / STATE / RUN).is_file():
+        raise CheckpointError(f"cannot resume: {out / STATE} holds no run; start one without --resume")
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file, and the output is a folder; choose another output")
+    if out.exists() and not (resume or force):
+        hint = "go on with it by --resume, " if (out / STATE / RUN).is_file() else ""
+        raise OutputExistsError(f"{out} exists already; {hint}choose another output or add --force")
+
+
+def begin_run(out: Path, config: LoopConfig, identity: Mapping[str, str], save: Callable[[Path], None]) -> None:
+    """Write OUT/state, into which `save` puts what else the run has settled.
+
+    `identity` is what a resumed run must find the same, by name: digests of its data, of the model it began with.
+    """
+    (out / METRICS).unlink(missing_ok=True)
+    with new_folder(out / STATE, force=True) as folder:
+        save(folder)
+        write_json(folder / RUN, {"config": config.to_dict(), **identity})
+
+
+def saved_config(out: Path, kind: type[Config], overrides: Mapping[str, Any] | None = None) -> Config:
+    """The configuration of the run in `out`, with what is not None in `overrides`: what to resume it with."""
+    path = Path(out) / STATE / RUN
+    settings = read_json_object(path).get("config")
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"{path} has no config; start the run again without --resume")
+    given = {name: value for name, value in (overrides or {}).items() if value is not None}
+    return kind.from_dict(settings | given, where=str(path))
+
+
+def check_same_run(out: Path, config: LoopConfig, identity: Mapping[str, str]) -> None:
+    """Refuses another configuration, or another identity, than the run in `out` began with."""
+    before = saved_config(out, type(config))
+    for name, value in config.to_dict().items():
+        old = getattr(before, name)
+        if value != old and name not in RESUMABLE_CHANGES:
+            raise UsageError(f"cannot resume with {name} {value!r}: the run began with {old!r}; leave it as it was")
+    saved = read_json_object(out / STATE / RUN)
+    for name, digest in identity.items():
+        if saved.get(name) != digest:
+            noun = name.removesuffix("_sha256").replace("_", " ")
+            raise CheckpointError(f"cannot resume: the {noun} is not what the run in {out} began with")
+
+
+def resume_trainer(trainer: Trainer, out: Path, on_message: OnMessage) -> None:
+    """Go on from the latest state that is whole."""
+    trainer.restore(load_state(out / STATE, on_message))
+    discard_after(out / STATE, trainer.step)
+    on_message(f"resuming after step {trainer.step:,}")
+
+
+def precision_line(trainer: Trainer) -> str:
+    """What is said of the trainer's precision, and why."""
+    how = "bfloat16 matrix products" if trainer.precision == "bf16" else "float32"
+    why = "as asked" if trainer.config.precision != "auto" else "the faster on this processor"
+    return f"{how}, {why}"
+
+
+def put_checkpoint(out: Path, write: Callable[[Path], None]) -> None:
+    """Have a checkpoint written into a folder aside, then put it in the place of what OUT may hold of another."""
+    aside = out / ".checkpoint"
+    with new_folder(aside, force=True) as folder:
+        write(folder)
+    # No config.json, no checkpoint: it goes first and comes last, so that none is ever half old and half new.
+    for name in (CONFIG, WEIGHTS, WEIGHTS_INDEX, *SIDE_FILES):
+        (out / name).unlink(missing_ok=True)
+    for file in sorted(aside.iterdir(), key=lambda file: file.name == CONFIG):
+        file.rename(out / file.name)
+    aside.rmdir()
