@@ -56,10 +56,10 @@ def quantize_matrix(rows: npt.NDArray[Any], scheme: Scheme, importance: FloatArr
 
 
 def search_scales(
-    weight: FloatArray, scheme: Scheme, importance: FloatArray, pool: Executor
+    weight: FloatArray, scheme: Scheme, importance: FloatArray | None, pool: Executor
 ) -> tuple[FloatArray, FloatArray]:
     """Scales and zero points [N, blocks] that `quantize_rows` would take."""
-    weights = _in_blocks(importance[None], scheme.block_size)
+    weights = None if importance is None else _in_blocks(importance[None], scheme.block_size)
     found = pool.map(lambda c: _search(_in_blocks(c, scheme.block_size), scheme, weights), _row_chunks(weight))
     scales, zeros = zip(*found, strict=True)
     return np.concatenate(scales), np.concatenate(zeros)
@@ -136,7 +136,31 @@ def _search(blocks: FloatArray, scheme: Scheme, importance: FloatArray | None) -
         better = error < best_error
         for best, new in ((best_scale, scale), (best_zero, zero), (best_error, error)):
             np.copyto(best, new, where=better)
+    _take_grid(blocks, best_scale, best_zero, scheme)
     return best_scale, best_zero
+
+
+def _take_grid(blocks: FloatArray, scale: FloatArray, zero: FloatArray, scheme: Scheme) -> None:
+    """Put the scales and zero points of blocks that lie on a grid already, such as trained ones, in place.
+
+    A grid's step is its range over a whole number of steps, and a float16: few blocks pass that test by chance.
+    """
+    top = 2**scheme.bits - 1
+    low, high = np.minimum(blocks.min(-1), 0), np.maximum(blocks.max(-1), 0)
+    half = 2 ** (scheme.bits - 1)
+    range_, most = (np.maximum(-low, high), half) if scheme.symmetric else (high - low, top)
+    open_ = range_ > 0
+    for steps in range(most, 0, -1):
+        step = range_ / np.float32(steps)
+        at = np.nonzero(open_ & (step == storable(step)))
+        if not len(at[0]):
+            continue
+        step = step[at]
+        integers = blocks[at] / step[:, None]
+        middle = np.full_like(step, half) if scheme.symmetric else -low[at] / step
+        fits = (integers == np.rint(integers)).all(-1) & (integers.max(-1) + middle <= top)
+        at = tuple(a[fits] for a in at)
+        scale[at], zero[at], open_[at] = step[fits], middle[fits], False
 
 
 def _shrinks(steps: int) -> list[np.float32]:

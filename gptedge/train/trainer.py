@@ -73,7 +73,7 @@ def parameter_groups(model: nn.Module, config: LoopConfig) -> list[dict[str, Any
 
     Neither do embedding tables, which learn faster. `scale` times the schedule's learning rate is a group's own.
     """
-    tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding) and m.weight.requires_grad]
+    tables = [p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters() if p.requires_grad]
     others = [p for p in model.parameters() if p.requires_grad and all(p is not table for table in tables)]
     groups = [
         {"params": [p for p in others if p.ndim >= 2], "weight_decay": config.weight_decay, "scale": 1.0},

@@ -93,6 +93,19 @@ def test_importance_moves_the_error_to_columns_that_matter_less() -> None:
     assert (weighted * importance).sum() < (plain * importance).sum()
 
 
+@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("width", [64, 100])
+def test_weights_on_a_grid_stay_on_it(name: str, width: int) -> None:
+    scheme, rng = SCHEMES[name], np.random.default_rng(3)
+    first = quantize_rows(matrix(64, width), scheme)
+    narrow = rng.integers(5, 9, first.packed.shape) if scheme.bits == 8 else 17 * rng.integers(5, 9, first.packed.shape)
+    for blocks in (first, Blocks(narrow.astype(np.uint8), first.scales, first.zero_points)):
+        values = dequantize(blocks, scheme, width)
+        importance = rng.uniform(0.1, 10, width).astype(np.float32)
+        again = dequantize(quantize_rows(values, scheme, importance), scheme, width)
+        np.testing.assert_array_equal(again, values)
+
+
 @pytest.mark.parametrize("value", [0.0, 1e-8, -3.0, 6e4])
 def test_blocks_of_one_value(value: float) -> None:
     for scheme in SCHEMES.values():
