@@ -30,9 +30,10 @@ class ChatPrompt:
         """Token ids of the prompt for a reply to `messages`."""
         return self.encode(self.render(messages))
 
-    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+    def render(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True) -> str:
         """The template's text, with a mark wherever a message spells out a special token."""
-        return self._template.render([{**m, "content": self._mark(m["content"])} for m in messages])
+        marked = [{**m, "content": self.marked(m["content"])} for m in messages]
+        return self._template.render(marked, add_generation_prompt=add_generation_prompt)
 
     def encode(self, text: str, *, continued: bool = False) -> list[int]:
         """Token ids of what `render` gave; `continued` for a later part of it."""
@@ -48,7 +49,8 @@ class ChatPrompt:
                 ids += self._tokenizer.encode(self._special[int(number)], parse_special=False)
         return ids
 
-    def _mark(self, content: str) -> str:
+    def marked(self, content: str) -> str:
+        """A message's text as `render` puts it into the template."""
         if self._find_special is None:
             return content
         return self._find_special.sub(lambda found: f"{_MARK}{self._special.index(found[0])}{_MARK}", content)

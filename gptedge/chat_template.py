@@ -63,14 +63,16 @@ class ChatTemplate:
 
 def load_chat_template(folder: Path) -> ChatTemplate:
     """The template of a bundle: chat_template.jinja, or the entry in tokenizer_config.json."""
-    config: dict[str, Any] = {}
-    if (folder / TOKENIZER_CONFIG).is_file():
-        config = json.loads((folder / TOKENIZER_CONFIG).read_text(encoding="utf-8"))
-    source: Any
-    if (folder / CHAT_TEMPLATE).is_file():
-        source = (folder / CHAT_TEMPLATE).read_text(encoding="utf-8")
-    else:
-        source = config.get("chat_template")
+    names = (CHAT_TEMPLATE, TOKENIZER_CONFIG)
+    return chat_template_of({name: (folder / name).read_bytes() for name in names if (folder / name).is_file()})
+
+
+def chat_template_of(files: Mapping[str, bytes]) -> ChatTemplate:
+    """The template in the contents of a model's files, by their names."""
+    config: dict[str, Any] = json.loads(files.get(TOKENIZER_CONFIG, b"{}"))
+    source: Any = config.get("chat_template")
+    if CHAT_TEMPLATE in files:
+        source = files[CHAT_TEMPLATE].decode("utf-8")
     if isinstance(source, list):  # several named ones
         source = {entry["name"]: entry["template"] for entry in source}.get("default")
     variables = {

@@ -8,6 +8,7 @@ Other sources (GGUF, …) are turned into the same `Checkpoint`, so that everyth
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -88,6 +89,20 @@ def _open_weights(folder: Path) -> dict[str, Tensor]:
     if missing := sorted(set(where) - set(tensors)):
         raise CheckpointError(f"{folder}: the index promises {missing[0]}, and no shard holds it ({len(missing)} such)")
     return tensors
+
+
+def weights_id(weights: Mapping[str, Tensor]) -> str:
+    """What tells a model's weights from others', in hex: of each tensor the shape, and three rows as float32.
+
+    It reads little of a large file, and whatever a file calls the tensors, or stores them as exactly, it is the same.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        tensor = weights[name]
+        digest.update(f"{name} {tensor.shape} ".encode())
+        last = tensor.shape[0] - 1
+        digest.update(np.ascontiguousarray(tensor.take([0, last // 2, last]), "<f4").tobytes())
+    return digest.hexdigest()
 
 
 def write_checkpoint(

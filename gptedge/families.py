@@ -147,7 +147,7 @@ def source_tensors(naming: Naming, config: ModelConfig, stored: Mapping[str, Ten
     found: dict[str, Tensor] = {}
     missing: list[str] = []
     for name, shape in tensor_shapes(config).items():
-        part, layer = _part_of(naming, name)
+        part, layer = part_of(naming, name)
         if not part.name:
             found[name] = _constant(shape, part.plus)
             continue
@@ -169,7 +169,7 @@ def source_tensors(naming: Naming, config: ModelConfig, stored: Mapping[str, Ten
     return found
 
 
-def _part_of(naming: Naming, name: str) -> tuple[Part, str]:
+def part_of(naming: Naming, name: str) -> tuple[Part, str]:
     pieces = name.split(".")
     layer = pieces[1] if pieces[0] == "blocks" else ""
     key = ".".join(["blocks", "{i}", *pieces[2:]]) if layer else name
@@ -197,7 +197,7 @@ def _constant(shape: tuple[int, ...], value: float) -> Tensor:
 _FUSED = (("q", "k", "v"), ("gate", "up"))
 
 
-def _span(rows: str, c: ModelConfig) -> tuple[int, int, int]:
+def span(rows: str, c: ModelConfig) -> tuple[int, int, int]:
     """Where a part lies in its fused matrix: (first row, rows, rows of the whole)."""
     sizes = {"q": c.q_size, "k": c.kv_size, "v": c.kv_size, "gate": c.n_ff, "up": c.n_ff}
     group = next(group for group in _FUSED if rows in group)
@@ -206,7 +206,7 @@ def _span(rows: str, c: ModelConfig) -> tuple[int, int, int]:
 
 
 def _view(tensor: Tensor, part: Part, c: ModelConfig, shape: tuple[int, ...], what: str) -> Tensor:
-    first, count, total = _span(part.rows, c) if part.rows else (0, shape[0], shape[0])
+    first, count, total = span(part.rows, c) if part.rows else (0, shape[0], shape[0])
     full = (total, *shape[1:])
     expected = full[::-1] if part.transpose else full
     if tensor.shape != expected:
@@ -259,7 +259,7 @@ def _is_tied_head(name: str, naming: Naming, config: ModelConfig) -> bool:
 
 def checkpoint_name(name: str) -> str:
     """The name Llama's checkpoints give to one of our tensors."""
-    part, layer = _part_of(FAMILIES[0].files, name)
+    part, layer = part_of(FAMILIES[0].files, name)
     return part.name.format(i=layer)
 
 

@@ -180,10 +180,21 @@ def _count(value: Any) -> int:
     return value
 
 
-def write(path: Path, tensors: Mapping[str, npt.NDArray[Any]] | Iterable[tuple[str, npt.NDArray[Any]]]) -> None:
+def read_metadata(path: Path) -> dict[str, str]:
+    """What the file says of itself. Raises CheckpointError as `read` does."""
+    stated = _header(Path(path), Path(path).stat().st_size)[0].get("__metadata__")
+    return {str(k): str(v) for k, v in stated.items()} if isinstance(stated, dict) else {}
+
+
+def write(
+    path: Path,
+    tensors: Mapping[str, npt.NDArray[Any]] | Iterable[tuple[str, npt.NDArray[Any]]],
+    *,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Write float32 tensors in the order of their names; the same tensors give the same bytes."""
     named = dict(tensors)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     offset = 0
     for name in sorted(named):
         size = 4 * named[name].size
