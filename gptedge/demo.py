@@ -85,7 +85,6 @@ def _own_model(out: Path, screen: Screen, train_seconds: float, seed: int) -> li
     """Train on Python's documentation, and check the export against PyTorch."""
     from gptedge.train.config import TrainConfig
     from gptedge.train.data import TokenData
-    from gptedge.train.output import STATE
     from gptedge.train.run import run_training
 
     screen.title("Train a small GPT on the documentation that Python ships")
@@ -96,7 +95,7 @@ def _own_model(out: Path, screen: Screen, train_seconds: float, seed: int) -> li
     screen.line(f"{trained.parameters:,} parameters, {trained.steps} steps, held-out loss {trained.val_loss:.3f}")
     bundles = _bundles(out, "nano", checkpoint, screen)
     _check_against_pytorch(checkpoint, bundles[0], screen)
-    held_out = TokenData.load(checkpoint / STATE).validation
+    held_out = TokenData.load(trained.tokens).validation
     return _judge("nano", bundles, [int(i) for i in held_out], screen)
 
 

@@ -74,6 +74,15 @@ def user_folder(kind: str) -> Path:
     return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "gptedge" / kind
 
 
+def cache_folder(kind: str) -> Path:
+    """Where this user's `kind` of things that can be made again is kept: below $GPTEDGE_CACHE, or the usual place."""
+    if home := os.environ.get("GPTEDGE_CACHE"):
+        return Path(home) / kind
+    if os.name == "nt" and (local := os.environ.get("LOCALAPPDATA")):
+        return Path(local) / "gptedge" / "cache" / kind
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gptedge" / kind
+
+
 def write_json(path: Path, value: Any) -> None:
     """Pretty JSON with a final newline, UTF-8, keys in the given order: the same value gives the same bytes."""
     Path(path).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

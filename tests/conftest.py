@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,14 @@ def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
         values = rng.standard_normal(shape).astype(np.float32) * np.float32(scale)
         weights[name] = values if len(shape) == 2 else 1 + 0.2 * values
     return weights
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nothing of a test stays in the user's own cache, or comes from it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GPTEDGE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

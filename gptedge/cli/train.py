@@ -25,6 +25,9 @@ def command(
     max_seconds: Annotated[float | None, typer.Option(help="Time to train for.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the first weights and the order of the data.")] = None,
     save_every: Annotated[int | None, typer.Option(help="Steps between saves that --resume continues from.")] = None,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave broken lines of JSONL out, and count them.")
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in OUT.")] = False,
     threads: Threads = None,
     force: Force = False,
@@ -51,8 +54,10 @@ def command(
     else:
         settings = TrainConfig.from_dict(given, where="the command line")
     with training_progress() as on_step:
-        result = run_training(data, out, config=settings, resume=resume, force=force, on_step=on_step, on_message=say)
-    value = {**asdict(result), "checkpoint": str(result.checkpoint)}
+        result = run_training(
+            data, out, config=settings, resume=resume, force=force, skip_bad=skip_bad, on_step=on_step, on_message=say
+        )
+    value = {**asdict(result), "checkpoint": str(result.checkpoint), "tokens": str(result.tokens)}
     held_out = "" if result.val_loss is None else f", {result.val_loss:.3f} held out"
     line = f"{out}: {result.parameters:,} parameters, {result.steps} steps, loss {result.loss:.3f}{held_out}"
     emit(value, as_json=as_json, lines=[line, f"next: gptedge export {out} {out}-onnx"])

@@ -3,6 +3,8 @@
 Does: the full alphabet of 256 bytes, counts of distinct words, then merges of the most frequent pair; between pairs of
 one count, the one with the smaller ids. Counts are updated where a merge changed them; the queue is corrected lazily.
 Does not: limit the alphabet, or learn from special tokens' text differently than from any other text.
+Unlike that trainer, it takes words longer than 1,024 characters apart, and learns no new words once it knows 32 million
+characters of them: a text without spaces, or one of any length, costs bounded memory.
 
 A pair arises only when one of its tokens is made, and a token is made by one merge; so a pair enters the queue once,
 with all the words that hold it, and later merges can only lower its count.
@@ -12,8 +14,8 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice, pairwise
 from typing import Any
 
 from gptedge.errors import DataError, UsageError
@@ -24,6 +26,8 @@ from gptedge.tokenizer.tokenizer import Tokenizer, check_scalars
 Pair = tuple[int, int]
 Progress = Callable[[int, int], None]
 _BYTES = 256
+_LONGEST = 1024  # characters of a word
+_DISTINCT = 32_000_000  # characters of all distinct words together
 _FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
 
 
@@ -62,13 +66,25 @@ def count_words(texts: Iterable[str], pre_tokenizer: dict[str, Any]) -> dict[str
     """How often each word occurs, in order of first occurrence."""
     split = build_pre_tokenizer(pre_tokenizer)
     counts: Counter[str] = Counter()
+    room = _DISTINCT
     for i, text in enumerate(texts):
         try:
             check_scalars(text)
         except DataError as e:
             raise DataError(f"text {i}: {e}") from e
-        counts.update(split(text))
+        words = _shortened(split(text))
+        known = len(counts)
+        counts.update(words if room > 0 else filter(counts.__contains__, words))
+        room -= sum(map(len, islice(counts, known, None)))
     return counts
+
+
+def _shortened(words: list[str]) -> Iterator[str]:
+    for word in words:
+        if len(word) <= _LONGEST:
+            yield word
+        else:
+            yield from (word[i : i + _LONGEST] for i in range(0, len(word), _LONGEST))
 
 
 class _Merger:

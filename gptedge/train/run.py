@@ -6,8 +6,7 @@ What it writes, and how it is resumed, stands in `output`.
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,10 @@ import torch
 
 from gptedge.checkpoint import TOKENIZER, TOKENIZER_CONFIG, write_checkpoint
 from gptedge.config import ModelConfig
-from gptedge.tokenizer import Tokenizer, train_bpe
+from gptedge.tokenizer import Tokenizer
 from gptedge.train.config import TrainConfig
-from gptedge.train.data import TokenData, fingerprint, read_documents, require_length, tokenize, vocabulary_sample
+from gptedge.train.corpus import Corpus, Files, Piece, Scan
+from gptedge.train.data import TokenData, require_length
 from gptedge.train.model import GPT
 from gptedge.train.output import (
     METRICS,
@@ -31,16 +31,17 @@ from gptedge.train.output import (
     put_checkpoint,
     resume_trainer,
 )
+from gptedge.train.prepare import END_OF_TEXT, end_of_text, learn_tokenizer, scan_text, tokenize
 from gptedge.train.stdlib import stdlib_corpus
 from gptedge.train.trainer import OnStep, Trainer
 from gptedge.train.windows import RandomWindows
-
-END_OF_TEXT = "<|endoftext|>"
 
 
 @dataclass(frozen=True)
 class TrainResult:
     checkpoint: Path
+    tokens: Path
+    """The folder of what it was trained on and of what was held out (`data.TokenData`), in the user's cache."""
     steps: int
     tokens_seen: int
     loss: float
@@ -56,9 +57,10 @@ class TrainResult:
 
 @dataclass(frozen=True)
 class _Run:
-    """What a run has settled before its first step, and a resumed one finds in OUT/state."""
+    """What a run has settled before its first step; a resumed one finds the tokenizer in OUT/state."""
 
     tokenizer: Tokenizer
+    tokens: Path
     data: TokenData
     model: ModelConfig
 
@@ -70,20 +72,23 @@ def run_training(
     config: TrainConfig,
     resume: bool = False,
     force: bool = False,
+    skip_bad: bool = False,
     on_step: OnStep = lambda report: None,
     on_message: OnMessage = lambda message: None,
 ) -> TrainResult:
     """Train on the text in `paths` (None: Python's own documentation) and write a checkpoint to `out`.
 
-    With `resume`, go on from the state in `out` to exactly what an uninterrupted run would have come to.
+    With `resume`, go on from the state in `out` to exactly what an uninterrupted run would have come to. With
+    `skip_bad`, broken lines of JSONL are left out and counted.
     Raises OutputExistsError, UsageError, DataError, CheckpointError, TrainingError; KeyboardInterrupt saves the state.
     """
     out = Path(out)
     check_output(out, resume=resume, force=force)
     if config.threads:
         torch.set_num_threads(config.threads)
-    documents = list(stdlib_corpus()) if paths is None else read_documents(paths)
-    run = _reopen(out, config, documents) if resume else _begin(out, config, documents, on_message)
+    corpus: Corpus = _stdlib if paths is None else Files(paths, skip_bad=skip_bad)
+    scanned = scan_text(corpus, on_message)
+    run = (_reopen if resume else _begin)(out, config, corpus, scanned, on_message)
     torch.manual_seed(config.seed)
     model = GPT(run.model)
     trainer = _make_trainer(out, run, config, model)
@@ -95,6 +100,7 @@ def run_training(
     _write(out, model, run.tokenizer)
     return TrainResult(
         checkpoint=out,
+        tokens=run.tokens,
         steps=trainer.step,
         tokens_seen=trainer.tokens_seen,
         loss=trainer.loss,
@@ -109,39 +115,37 @@ def run_training(
 # ---- beginning -----------------------------------------------------------------------------------------------------
 
 
-def _begin(out: Path, config: TrainConfig, documents: Sequence[str], on_message: OnMessage) -> _Run:
+def _begin(out: Path, config: TrainConfig, corpus: Corpus, scanned: Scan, on_message: OnMessage) -> _Run:
     """Learn a vocabulary, tokenize, and write down what the run is, all before OUT changes."""
-    characters = sum(map(len, documents))
-    on_message(f"text: {len(documents):,} documents, {characters:,} characters")
-    began = time.perf_counter()
+    tokenizer = learn_tokenizer(corpus, scanned, config.recipe.vocab_size, on_message)
+    run = _settle(config, corpus, scanned, tokenizer, on_message)
+    begin_run(out, config, _identity(scanned), lambda folder: tokenizer.save(folder / TOKENIZER))
+    return run
+
+
+def _reopen(out: Path, config: TrainConfig, corpus: Corpus, scanned: Scan, on_message: OnMessage) -> _Run:
+    """What `_begin` came to; refuses another configuration or other text than the run began with."""
+    check_same_run(out, config, _identity(scanned))
+    return _settle(config, corpus, scanned, Tokenizer.from_folder(out / STATE), on_message)
+
+
+def _settle(config: TrainConfig, corpus: Corpus, scanned: Scan, tokenizer: Tokenizer, on_message: OnMessage) -> _Run:
     recipe = config.recipe
-    tokenizer = train_bpe(vocabulary_sample(documents), recipe.vocab_size, special_tokens=[END_OF_TEXT])
-    learned = time.perf_counter()
-    on_message(f"tokenizer: {tokenizer.vocab_size:,} tokens, learned in {learned - began:.1f} s")
-    data = tokenize(documents, tokenizer, end=_end_id(tokenizer), validation_fraction=config.validation_fraction)
-    on_message(
-        f"tokens: {len(data.train):,} to train on, {len(data.validation):,} held out; "
-        f"tokenized in {time.perf_counter() - learned:.1f} s"
+    folder, data = tokenize(
+        corpus, scanned, tokenizer, validation_fraction=config.validation_fraction, on_message=on_message
     )
     require_length(data.train, recipe.context_length)
-
-    def save(folder: Path) -> None:
-        tokenizer.save(folder / TOKENIZER)
-        data.save(folder)
-
-    begin_run(out, config, _identity(documents), save)
-    return _Run(tokenizer, data, recipe.model(vocab_size=tokenizer.vocab_size))
+    if len(data.train) < (batch := recipe.batch_size * recipe.context_length):
+        on_message(f"note: the text has fewer tokens than one step's batch, {batch:,}; it will be learned by heart")
+    return _Run(tokenizer, folder, data, recipe.model(vocab_size=tokenizer.vocab_size))
 
 
-def _reopen(out: Path, config: TrainConfig, documents: Sequence[str]) -> _Run:
-    """What `_begin` wrote; refuses another configuration or other text than the run began with."""
-    check_same_run(out, config, _identity(documents))
-    tokenizer = Tokenizer.from_folder(out / STATE)
-    return _Run(tokenizer, TokenData.load(out / STATE), config.recipe.model(vocab_size=tokenizer.vocab_size))
+def _identity(scanned: Scan) -> dict[str, str]:
+    return {"text_sha256": scanned.sha256}
 
 
-def _identity(documents: Sequence[str]) -> dict[str, str]:
-    return {"text_sha256": fingerprint(documents)}
+def _stdlib() -> Iterator[Piece]:
+    return (Piece(text, True) for text in stdlib_corpus())
 
 
 def _make_trainer(out: Path, run: _Run, config: TrainConfig, model: GPT) -> Trainer:
@@ -157,12 +161,6 @@ def _make_trainer(out: Path, run: _Run, config: TrainConfig, model: GPT) -> Trai
 
 
 # ---- the checkpoint ------------------------------------------------------------------------------------------------
-
-
-def _end_id(tokenizer: Tokenizer) -> int:
-    end = tokenizer.token_to_id(END_OF_TEXT)
-    assert end is not None, "train_bpe was asked for it"
-    return end
 
 
 def _tokenizer_config(context_length: int) -> dict[str, Any]:
@@ -182,5 +180,5 @@ def _write(out: Path, model: GPT, tokenizer: Tokenizer) -> None:
         TOKENIZER_CONFIG: json.dumps(_tokenizer_config(model.config.context_length), indent=2).encode() + b"\n",
     }
     weights = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
-    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), _end_id(tokenizer))
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end_of_text(tokenizer))
     put_checkpoint(out, lambda folder: write_checkpoint(folder, model.config, weights, side_files, token_ids=ids))
