@@ -10,7 +10,7 @@ Shapes: B batch, T new tokens, S past + new tokens, D n_embd, F n_ff, V vocab_si
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -28,6 +28,8 @@ from gptedge.graph_io import (
     FIRST_LOGIT,
     INPUT_IDS,
     LOGITS,
+    LORA_A,
+    LORA_B,
     POSITION_IDS,
     past_key,
     past_value,
@@ -54,27 +56,38 @@ def build(
     *,
     half: bool = False,
     portable: bool = False,
+    lora: bool = False,
     report: Report = silent,
 ) -> onnx.ModelProto:
     """The whole graph; weights are streamed to `file`.
 
-    `half` stores matrices as float16, to be widened when loaded; `portable` uses standard operators alone.
+    `half` stores matrices as float16, to be widened when loaded; `portable` uses standard operators alone; `lora` gives
+    every linear layer the inputs of an adapter (see `graph_io`).
     """
     graph = PortableGraph(file) if portable else Graph(file)
     # The standard operator rotates whole heads, unless it is told otherwise.
     spread = is_spread(config, config.head_dim if portable else MULTIPLE)
-    return _Decoder(config, weights, graph, half=half, spread=spread, report=report).forward()
+    return _Decoder(config, weights, graph, half=half, spread=spread, lora=lora, report=report).forward()
 
 
 class _Decoder:
     def __init__(
-        self, config: ModelConfig, weights: Weights, graph: Graph, *, half: bool, spread: bool, report: Report
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        graph: Graph,
+        *,
+        half: bool,
+        spread: bool,
+        lora: bool,
+        report: Report,
     ) -> None:
         self.c = config
         self.w = spread_weights(config, weights) if spread else weights
         self.g = graph
         self.half = half
         self.spread = spread
+        self.lora = lora
         self.report = report
 
     def embed(self, ids: str) -> str:
@@ -191,10 +204,21 @@ class _Decoder:
         y = self.g.op(
             "FusedMatMul", x, self.weight(f"{name}.weight", *(f"{p}.weight" for p in parts)), name=name, transB=1
         )
+        y = self.adapted(x, y, name, parts) if self.lora else y
         if f"{parts[0]}.bias" not in self.w:
             return y
         bias = self.weight(f"{name}.bias", *(f"{p}.bias" for p in parts))
         return self.g.op("Add", y, bias, name=f"{name}.biased")
+
+    def adapted(self, x: str, y: str, name: str, parts: Sequence[str]) -> str:
+        """y + x @ A @ B, where the adapter's matrices are inputs that may be left out (arXiv:2106.09685)."""
+        shapes = [self.w[f"{part}.weight"].shape for part in parts]
+        n_out, n_in = sum(shape[0] for shape in shapes), shapes[0][1]
+        rank = f"{name}.lora_rank"
+        a = self.g.optional_input(name + LORA_A, np.zeros((n_in, 0), np.float32), [n_in, rank])
+        b = self.g.optional_input(name + LORA_B, np.zeros((0, n_out), np.float32), [rank, n_out])
+        thin = self.g.op("MatMul", x, a, name=f"{name}.lora.thin")  # [B, T, r]
+        return self.g.op("Add", y, self.g.op("MatMul", thin, b, name=f"{name}.lora"), name=f"{name}.adapted")
 
     def weight(self, name: str, *parts: str) -> str:
         """A weight by name, or several with their rows stacked. Stored float16 is widened once, at load."""

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gptedge.bundle import GENAI_CONFIG, GRAPH, GRAPH_DATA, open_bundle, write_manifest
-from gptedge.checkpoint import CONFIG, GENERATION_CONFIG, TOKENIZER, Checkpoint
+from gptedge.bundle import GENAI_CONFIG, GRAPH, GRAPH_DATA, LORA, open_bundle, write_manifest
+from gptedge.checkpoint import CONFIG, GENERATION_CONFIG, TOKENIZER, Checkpoint, weights_id
 from gptedge.config import ModelConfig
 from gptedge.errors import CheckpointError, UnsupportedModelError, UsageError
 from gptedge.export import parity as parity_check
@@ -18,7 +18,7 @@ from gptedge.export.decoder import build
 from gptedge.export.genai import genai_config
 from gptedge.export.reference import Reference
 from gptedge.export.rotary import MULTIPLE
-from gptedge.export.sources import open_source
+from gptedge.export.sources import open_source, with_tokenizer
 from gptedge.files import check_destination, new_folder, seal, write_json
 from gptedge.measure import peak_rss_mb
 from gptedge.onnx_file import WeightFile, save_graph
@@ -56,6 +56,7 @@ def export(
     *,
     dtype: str = "fp32",
     portable: bool = False,
+    lora_inputs: bool = False,
     via: str | None = None,
     verify: bool = True,
     tokenizer: Path | None = None,
@@ -64,24 +65,26 @@ def export(
 ) -> ExportResult:
     """Write the bundle `out` from the checkpoint `source`; `tokenizer` is a tokenizer.json for a source without one.
 
-    `dtype` is one of DTYPES; `portable` uses ONNX's standard operators alone; `via` names another exporter, one of
+    `dtype` is one of DTYPES; `portable` uses ONNX's standard operators alone; `lora_inputs` lets
+    the bundle take LoRA adapters, at a small cost in speed; `via` names another exporter, one of
     EXPORTERS, for what the table of families lacks. Raises UsageError, CheckpointError, UnsupportedModelError,
     OutputExistsError, MissingExtraError, or ParityError when the graph does not compute what the checkpoint computes;
     then nothing is written.
     """
     start = time.perf_counter()
-    _check_options(dtype, portable, via)
+    _check_options(dtype, portable=portable, lora_inputs=lora_inputs, via=via)
     check_destination(out, force=force)
     with new_folder(Path(out), force=force) as folder:
         if via:
             written = _write_via(Path(source), folder, tokenizer)
         else:
-            checkpoint = _with_tokenizer(open_source(Path(source)), tokenizer)
-            written = _write(checkpoint, folder, dtype=dtype, portable=portable, report=report)
+            checkpoint = with_tokenizer(open_source(Path(source)), tokenizer)
+            written = _write(checkpoint, folder, dtype=dtype, portable=portable, lora=lora_inputs, report=report)
         with ThreadPoolExecutor(1, "gptedge-seal") as pool:
             sealed = pool.submit(seal, folder / GRAPH_DATA)  # beside the verification
             parity = _verify(folder, written, dtype) if verify else None
         facts: dict[str, Any] = {"graph": written.graph} if written.graph else {}
+        facts |= {LORA: written.lora} if written.lora else {}
         facts |= {"parity": parity.as_json()} if parity else {}
         hashes = {GRAPH_DATA: sealed.result()}
         write_manifest(folder, family=written.family, recipe=dtype, packages=written.packages, hashes=hashes, **facts)
@@ -108,18 +111,22 @@ class _Written:
     packages: tuple[str, ...] = PACKAGES
     graph: str | None = None
     """What the manifest calls a graph that is not the ordinary one."""
+    lora: dict[str, str] | None = None
+    """What the manifest says of the adapters that it takes."""
 
 
-def _check_options(dtype: str, portable: bool, via: str | None) -> None:
+def _check_options(dtype: str, *, portable: bool, lora_inputs: bool, via: str | None) -> None:
     if dtype not in DTYPES:
         raise UsageError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
     if via is not None and via not in EXPORTERS:
         raise UsageError(f"via is {via!r}; it must be one of {', '.join(EXPORTERS)}")
-    if via and (portable or dtype != "fp32"):
-        raise UsageError(f"--via {via} writes fp32 graphs of its own kind; leave out --portable and --dtype")
+    if via and (portable or lora_inputs or dtype != "fp32"):
+        raise UsageError(
+            f"--via {via} writes fp32 graphs of its own kind; leave out --portable, --lora-inputs and --dtype"
+        )
 
 
-def _write(checkpoint: Checkpoint, folder: Path, *, dtype: str, portable: bool, report: Report) -> _Written:
+def _write(checkpoint: Checkpoint, folder: Path, *, dtype: str, portable: bool, lora: bool, report: Report) -> _Written:
     config, weights = checkpoint.config, checkpoint.weights()
     if not portable:
         _check_kernels(config)
@@ -127,7 +134,7 @@ def _write(checkpoint: Checkpoint, folder: Path, *, dtype: str, portable: bool, 
     _write_side_files(checkpoint, folder, shared=not portable)
     checked = replace(checkpoint, tensors=finite(checkpoint.tensors, checkpoint.path)).weights()
     with WeightFile(folder / GRAPH_DATA) as file:
-        graph = build(config, checked, file, half=dtype == "fp16", portable=portable, report=report)
+        graph = build(config, checked, file, half=dtype == "fp16", portable=portable, lora=lora, report=report)
     save_graph(folder / GRAPH, graph)
     return _Written(
         checkpoint.family.name,
@@ -135,6 +142,7 @@ def _write(checkpoint: Checkpoint, folder: Path, *, dtype: str, portable: bool, 
         config.context_length,
         Reference(config, weights).logits,
         graph=PORTABLE if portable else None,
+        lora={"base": weights_id(weights)} if lora else None,
     )
 
 
@@ -156,16 +164,6 @@ def _verify(folder: Path, written: _Written, dtype: str) -> parity_check.Parity:
     )
     parity_check.check(parity, dtype)
     return parity
-
-
-def _with_tokenizer(checkpoint: Checkpoint, tokenizer: Path | None) -> Checkpoint:
-    if tokenizer is None:
-        return checkpoint
-    try:
-        content = Path(tokenizer).read_bytes()
-    except OSError as e:
-        raise CheckpointError(f"tokenizer {tokenizer} cannot be read: {e.strerror}") from None
-    return replace(checkpoint, side_files={**checkpoint.side_files, TOKENIZER: content})
 
 
 def _write_side_files(checkpoint: Checkpoint, folder: Path, *, shared: bool) -> None:

@@ -44,10 +44,13 @@ class Graph:
         self._inputs.append(_value(name, dtype, shape))
         return name
 
-    def optional_input(self, name: str, default: npt.NDArray[Any]) -> str:
-        """An input that may be left out: an initializer of the same name stands in for it."""
+    def optional_input(self, name: str, default: npt.NDArray[Any], shape: Sequence[int | str] | None = None) -> str:
+        """An input that may be left out: an initializer of the same name stands in for it.
+
+        `shape` is what may be given, where that is not only the default's.
+        """
         self._initializers[name] = onnx.numpy_helper.from_array(default, name)
-        return self.input(name, default.dtype, default.shape)
+        return self.input(name, default.dtype, default.shape if shape is None else shape)
 
     def output(self, name: str, dtype: npt.DTypeLike, shape: Sequence[int | str]) -> None:
         self._outputs.append(_value(name, dtype, shape))

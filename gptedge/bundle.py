@@ -24,6 +24,8 @@ GRAPH, GRAPH_DATA = "model.onnx", "model.onnx.data"
 CONFIG, GENERATION_CONFIG, GENAI_CONFIG = "config.json", "generation_config.json", "genai_config.json"
 TOKENIZER, TOKENIZER_CONFIG, CHAT_TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 MANIFEST = "manifest.json"
+LORA = "lora"
+"""The manifest's entry of a bundle whose graph takes adapters; `base` is `checkpoint.weights_id` of its model."""
 
 
 @dataclass(frozen=True)

@@ -107,9 +107,11 @@ class Chat:
         text = self._model.chat_prompt.render(messages)
         ids = self._model.checked_prompt(self._encode(text))
         self._check_idle()
+        adapter = self._model.adapter
 
         def make(cancelled: threading.Event) -> Iterator[Chunk]:
             self._take()  # only now: a stream that is never read must not block the chat
+            self._cache.use(adapter)
             return chunks(self._model.session, self._model.tokenizer, self._cache, ids, settings, cancelled)
 
         def end(result: Result | None) -> None:

@@ -10,6 +10,12 @@ B = batch, T = new tokens, P = past tokens, S = P + T, K = n_kv_head, H = head_d
 
 `position_ids` is there only when positions are learned. `first_logit` has an initializer (0), which makes it
 optional, and hides it from `InferenceSession.get_inputs()`: programs that do not know it get every row.
+
+Graphs that take LoRA adapters have two more optional inputs for each linear layer, named as its node, of any rank r:
+
+    {node}.lora_a   float [in, r]    {node}.lora_b   float [r, out]    x @ a @ b is added to the layer's output
+
+Without one, r is 0.
 """
 
 from __future__ import annotations
@@ -19,6 +25,7 @@ ATTENTION_MASK = "attention_mask"
 POSITION_IDS = "position_ids"
 FIRST_LOGIT = "first_logit"
 LOGITS = "logits"
+LORA_A, LORA_B = ".lora_a", ".lora_b"
 
 PAST_PREFIX = "past_key_values."
 PRESENT_PREFIX = "present."

@@ -16,6 +16,7 @@ from gptedge.chat_template import ChatTemplate, load_chat_template
 from gptedge.config import SamplingParams
 from gptedge.conversation import Chat
 from gptedge.errors import UsageError
+from gptedge.runtime.adapter import Adapter
 from gptedge.runtime.generate import Chunk, Result, Stream, chunks
 from gptedge.runtime.session import Session
 from gptedge.tokenizer import Tokenizer
@@ -41,6 +42,16 @@ class Model:
         self.bundle = bundle
         self.session = session
         self.tokenizer = tokenizer
+        self.adapter: Adapter | None = None
+        """What `load_adapter` gave, or None: used by generations that begin from now on, and by chats' next replies."""
+
+    def load_adapter(self, path: str | Path) -> Adapter:
+        """A LoRA adapter (.onnx_adapter, made by gptedge adapter) for this bundle; assign it to `adapter` to use it.
+
+        Several may be loaded, and swapped while others generate. Raises UsageError when the bundle takes none,
+        BundleError when the file is broken or was made for another model.
+        """
+        return self.session.load_adapter(Path(path))
 
     def generate(self, prompt: str, params: SamplingParams | None = None, **changes: Any) -> str:
         """The text that follows `prompt`. Settings are those of SamplingParams, whole or by name."""
@@ -61,10 +72,12 @@ class Model:
     def stream_ids(self, prompt: Sequence[int], params: SamplingParams | None = None, **changes: Any) -> Stream:
         """Like `stream`, of token ids."""
         settings = sampling_params(params, changes)
-        ids = self.checked_prompt(prompt)
+        ids, adapter = self.checked_prompt(prompt), self.adapter
 
         def make(cancelled: Event) -> Iterator[Chunk]:
-            return chunks(self.session, self.tokenizer, self.session.new_cache(), ids, settings, cancelled)
+            cache = self.session.new_cache()
+            cache.use(adapter)
+            return chunks(self.session, self.tokenizer, cache, ids, settings, cancelled)
 
         return Stream(make, on_end=lambda _: None)
 

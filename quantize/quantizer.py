@@ -15,7 +15,7 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto
 
-from gptedge.bundle import GRAPH, GRAPH_DATA, MANIFEST, Bundle, open_bundle, verify, write_manifest
+from gptedge.bundle import GRAPH, GRAPH_DATA, LORA, MANIFEST, Bundle, open_bundle, verify, write_manifest
 from gptedge.errors import BundleError, UsageError
 from gptedge.files import check_destination, new_folder
 from gptedge.measure import peak_rss_mb
@@ -33,6 +33,8 @@ from gptedge.quantize.walk import Read, Walk
 from gptedge.runtime.onnx_runtime import default_threads
 
 FLOAT_RECIPES = ("fp32", "fp16")
+_KEPT = (LORA,)
+"""What a manifest says of the float graph, and is true of the quantized one."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,8 @@ def quantize(
             if file not in (GRAPH, GRAPH_DATA, MANIFEST):
                 shutil.copyfile(bundle.path / file, folder / file)
         job.write_graph(folder, windows)
-        write_manifest(folder, family=bundle.manifest["family"], recipe=name, packages=("onnx",))
+        kept = {fact: bundle.manifest[fact] for fact in _KEPT if fact in bundle.manifest}
+        write_manifest(folder, family=bundle.manifest["family"], recipe=name, packages=("onnx",), **kept)
         size = open_bundle(folder).size_bytes
     return QuantizeResult(
         bundle=Path(out),

@@ -19,7 +19,7 @@ from gptedge.checkpoint import (
 )
 from gptedge.errors import CheckpointError
 
-__all__ = ["open_source"]
+__all__ = ["open_source", "with_tokenizer"]
 
 _EXPECTED = "a Hugging Face folder with config.json, a .gguf file or a nanoGPT .pt file is expected"
 _MAGIC = b"GGUF"
@@ -42,9 +42,20 @@ def open_source(path: Path) -> Checkpoint:
     raise CheckpointError(f"{path} is not a source that can be opened; {_EXPECTED}")
 
 
+def with_tokenizer(checkpoint: Checkpoint, tokenizer: Path | None) -> Checkpoint:
+    """The checkpoint with another tokenizer.json, if one is given. Raises CheckpointError when it cannot be read."""
+    if tokenizer is None:
+        return checkpoint
+    try:
+        content = Path(tokenizer).read_bytes()
+    except OSError as e:
+        raise CheckpointError(f"tokenizer {tokenizer} cannot be read: {e.strerror}") from None
+    return replace(checkpoint, side_files={**checkpoint.side_files, TOKENIZER: content})
+
+
 def _open_folder(path: Path) -> Checkpoint:
     if (path / CONFIG).is_file():
-        return _with_tokenizer(open_checkpoint(path))
+        return _with_sentencepiece(open_checkpoint(path))
     files = sorted(path.glob("*.gguf"))
     if len(files) == 1:
         return _open_gguf(files[0])
@@ -53,7 +64,7 @@ def _open_folder(path: Path) -> Checkpoint:
     raise CheckpointError(f"{path} has neither {CONFIG} nor a .gguf file; {_EXPECTED}")
 
 
-def _with_tokenizer(checkpoint: Checkpoint) -> Checkpoint:
+def _with_sentencepiece(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint with a tokenizer.json, made from a SentencePiece model where that is all there is."""
     model, files = checkpoint.path / _SENTENCEPIECE, checkpoint.side_files
     if TOKENIZER in files or not model.is_file():

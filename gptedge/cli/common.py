@@ -20,6 +20,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
 Threads = Annotated[int | None, typer.Option(help="Cores to compute on (default: all this process may use).")]
 Provider = Annotated[str | None, typer.Option(help="cpu or cuda (default: the best there is).")]
+SourceArgument = Annotated[
+    Path,
+    typer.Argument(metavar="SOURCE", help="A Hugging Face folder, our own checkpoint, a .gguf, or a nanoGPT .pt."),
+]
 BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder made by export or quantize.")]
 
 # SamplingParams, as options; their defaults stand there.

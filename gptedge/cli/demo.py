@@ -58,4 +58,4 @@ class _Terminal:
         return progress(title)
 
     def training(self) -> AbstractContextManager[Callable[[Any], None]]:
-        return training_progress()
+        return training_progress("train")

@@ -8,18 +8,18 @@ from typing import Annotated
 
 import typer
 
-from gptedge.cli.common import Force, Json, emit, needs, one_of, progress
+from gptedge.cli.common import Force, Json, SourceArgument, emit, needs, one_of, progress
 
 
 def command(
-    source: Annotated[
-        Path,
-        typer.Argument(metavar="SOURCE", help="A Hugging Face folder, our own checkpoint, a .gguf, or a nanoGPT .pt."),
-    ],
+    source: SourceArgument,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The bundle's folder.")],
     dtype: Annotated[str, typer.Option(help="How weights are stored: fp32 or fp16.")] = "fp32",
     portable: Annotated[
         bool, typer.Option("--portable", help="Use ONNX's standard operators alone, for other runtimes; slower here.")
+    ] = False,
+    lora_inputs: Annotated[
+        bool, typer.Option("--lora-inputs", help="Let the bundle take LoRA adapters; a little slower.")
     ] = False,
     via: Annotated[
         str | None, typer.Option(help="Another exporter, for an architecture that is not supported: optimum.")
@@ -43,6 +43,7 @@ def command(
             out,
             dtype=dtype,
             portable=portable,
+            lora_inputs=lora_inputs,
             via=via,
             verify=verify,
             tokenizer=tokenizer,

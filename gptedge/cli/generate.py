@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -42,6 +43,9 @@ def command(
     repetition_penalty: RepetitionPenalty = _D.repetition_penalty,
     seed: Seed = _D.seed,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="A LoRA adapter for this bundle, a file that gptedge adapter made.")
+    ] = None,
     chat: Annotated[
         bool, typer.Option("--chat", help="The prompt is a user's message: use the chat template.")
     ] = False,
@@ -68,6 +72,7 @@ def command(
 
     start = time.perf_counter()
     with load(bundle, threads=threads, provider=provider) as model:
+        model.adapter = None if adapter is None else model.load_adapter(adapter)
         load_ms = round((time.perf_counter() - start) * 1000, 2)
         stream = model.chat(system=system).stream(text, **vars(params)) if chat else model.stream(text, params)
         _print_json(stream, load_ms, model.session.provider) if as_json else _print_text(stream)

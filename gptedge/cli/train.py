@@ -53,7 +53,7 @@ def command(
         settings = saved_config(out, TrainConfig, given)
     else:
         settings = TrainConfig.from_dict(given, where="the command line")
-    with training_progress() as on_step:
+    with training_progress("train") as on_step:
         result = run_training(
             data, out, config=settings, resume=resume, force=force, skip_bad=skip_bad, on_step=on_step, on_message=say
         )
@@ -64,11 +64,11 @@ def command(
 
 
 @contextmanager
-def training_progress() -> Iterator[OnStep]:
+def training_progress(title: str) -> Iterator[OnStep]:
     """A live bar with the loss, or a line now and then where there is no terminal."""
     held_out = ""
 
-    with progress("train") as report:
+    with progress(title) as report:
 
         def on_step(s: StepReport) -> None:
             nonlocal held_out

@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from gptedge.runtime.adapter import Adapter
+
 _FIRST_CAPACITY = 256  # tokens
 
 
@@ -45,6 +47,8 @@ class KVCache:
         """Tokens the tensors have room for."""
         self.buffers: list[Any] = []
         """OrtValues in the order of graph_io.past_names; `reserve` makes them."""
+        self.adapter: Adapter | None = None
+        """What `ids` were run with, and those after them will be; `use` changes it."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -71,6 +75,12 @@ class KVCache:
         self.buffers = list(presents)
         self.capacity = int(presents[0].shape()[2])
 
+    def use(self, adapter: Adapter | None) -> None:
+        """Go on with this adapter; keys and values that another made are forgotten."""
+        if adapter is not self.adapter:
+            self.truncate(0)
+            self.adapter = adapter
+
     def truncate(self, n_tokens: int) -> None:
         """Forget all but the first `n_tokens`; what lies behind them is overwritten, or cut off, when more are run."""
         del self.ids[n_tokens:]
@@ -88,7 +98,7 @@ class KVCache:
     def copy(self) -> KVCache:
         """An independent cache of the same tokens."""
         twin = KVCache(self._ort, self._layout)
-        twin.ids = list(self.ids)
+        twin.ids, twin.adapter = list(self.ids), self.adapter
         twin.capacity, twin.buffers = self.capacity, list(self.buffers)
         if self._layout.shared:  # growing tensors are never written to, and may stay common
             twin._resize(max(len(self), 1))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from gptedge.graph_io import (
     past_names,
     present_names,
 )
+from gptedge.runtime.adapter import Adapter, read_adapter
 from gptedge.runtime.kv_cache import KVCache
 from gptedge.runtime.onnx_runtime import default_threads, device_of, import_onnxruntime, open_graph
 from gptedge.runtime.signature import read_signature
@@ -82,6 +84,11 @@ class Session:
         """An empty cache, for one conversation."""
         return KVCache(self._ort, self.signature.cache)
 
+    def load_adapter(self, path: Path) -> Adapter:
+        """Read a LoRA adapter for this bundle; `KVCache.use` puts it to use. Raises UsageError or BundleError."""
+        device = device_of(self.provider)
+        return read_adapter(self._ort, path, self.bundle, self._session.get_overridable_initializers(), device)
+
     def check_fits(self, n_tokens: int) -> None:
         """Raise ContextOverflowError unless `n_tokens` and one more fit the context."""
         if n_tokens >= self.context_length:
@@ -131,14 +138,15 @@ class Session:
         state, value = self._ort.capi._pybind_state, self._ort.OrtValue.ortvalue_from_numpy
         held = [value(a) for a in feeds.values()]  # these must outlive the call
         inputs, outputs = state.OrtValueVector(), state.OrtValueVector()
-        for v in (*held, *cache.buffers):
+        names, given = (cache.adapter.names, cache.adapter.values) if cache.adapter else ((), ())
+        for v in (*held, *cache.buffers, *given):
             inputs.push_back(v._ortvalue)
         logits = np.empty(shape, self.signature.logits_dtype)
         shared = self.signature.cache.shared
         bound = [value(logits), *cache.buffers] if shared else []
         for v in bound:
             outputs.push_back(v._ortvalue)  # onnxruntime makes what is not given here
-        names = [*feeds, *past_names(self.n_layer)]
+        names = (*feeds, *past_names(self.n_layer), *names)
         self._session._sess.run_with_ortvaluevector(
             self._run_options, names, inputs, self._output_names, outputs, self._devices
         )

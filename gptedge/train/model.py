@@ -202,6 +202,10 @@ class GPT(nn.Module):
         With segments [B, T], each run of one number is a sequence of its own: it sees nothing before it, and its
         positions begin at 0. A cache takes none.
         """
+        return self.logits(self.hidden(ids, cache, segments))
+
+    def hidden(self, ids: Tensor, cache: Cache | None = None, segments: Tensor | None = None) -> Tensor:
+        """What `logits` are made of, [B, T, C]; arguments are `forward`'s."""
         assert cache is None or segments is None, "a cache holds one sequence"
         c, start = self.config, cache.length if cache is not None else 0
         end = start + ids.shape[1]
@@ -216,18 +220,26 @@ class GPT(nn.Module):
         for i, layer in enumerate(self.blocks):
             assert isinstance(layer, Block)
             x = block(c, layer, x, ropes.get(c.rope_of(i)), i, cache, same)
-        x = norm(c, self.norm, x)
+        return norm(c, self.norm, x)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """[…, C] -> […, V]"""
+        cap = self.config.logit_softcap
         logits: Tensor = F.linear(x, self.embed.weight) if self.head is None else self.head(x)
-        return logits if c.logit_softcap is None else c.logit_softcap * torch.tanh(logits / c.logit_softcap)
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def loss(self, ids: Tensor, targets: Tensor, segments: Tensor | None = None) -> Tensor:
         """Mean cross-entropy in nats of the targets [B, T] after each of ids [B, T]; 0 where none is scored.
 
-        Targets of `batches.IGNORED` are not scored. `segments` [B, T] are `forward`'s.
+        Targets of `batches.IGNORED` are not scored. `segments` [B, T] are `forward`'s; with them, logits are computed
+        of scored tokens alone: of a chat's few, and many are the logits of each.
         """
-        logits = self(ids, segments=segments).float().flatten(0, 1)  # [B * T, V]
+        x, scored = self.hidden(ids, segments=segments), targets != IGNORED
+        if segments is not None:
+            x, targets = x[scored], targets[scored]
+        logits = self.logits(x).float().view(-1, self.config.vocab_size)  # [B * T, V] or [scored, V]
         total = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum")
-        return total / (targets != IGNORED).sum().clamp(min=1)
+        return total / scored.sum().clamp(min=1)
 
     @torch.no_grad()
     def greedy(self, ids: Tensor, n: int, *, cached: bool = True) -> Tensor:

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from gptedge.checkpoint import CONFIG, SIDE_FILES, WEIGHTS, WEIGHTS_INDEX, read_json_object
 from gptedge.errors import CheckpointError, OutputExistsError, UsageError
 from gptedge.files import new_folder, write_json
+from gptedge.lora_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from gptedge.train.settings import RESUMABLE_CHANGES, LoopConfig
 from gptedge.train.state import discard_after, load_state
 from gptedge.train.trainer import Trainer
@@ -93,7 +94,7 @@ def put_checkpoint(out: Path, write: Callable[[Path], None]) -> None:
     with new_folder(aside, force=True) as folder:
         write(folder)
     # No config.json, no checkpoint: it goes first and comes last, so that none is ever half old and half new.
-    for name in (CONFIG, WEIGHTS, WEIGHTS_INDEX, *SIDE_FILES):
+    for name in (CONFIG, WEIGHTS, WEIGHTS_INDEX, ADAPTER_CONFIG, ADAPTER_WEIGHTS, *SIDE_FILES):
         (out / name).unlink(missing_ok=True)
     for file in sorted(aside.iterdir(), key=lambda file: file.name == CONFIG):
         file.rename(out / file.name)

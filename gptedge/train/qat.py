@@ -73,6 +73,18 @@ def rounded_weights(model: GPT) -> dict[str, Tensor]:
     return {**plain, **{f"{path}.weight": weight for path, weight in rounded.items()}}
 
 
+class RoundedLoss(nn.Module):
+    """The loss of a wrapped model, to train; a weight is rounded once for it, however often it is used."""
+
+    def __init__(self, model: GPT) -> None:
+        super().__init__()
+        self.model = model
+
+    def loss(self, ids: Tensor, targets: Tensor, segments: Tensor | None = None) -> Tensor:
+        with parametrize.cached():
+            return self.model.loss(ids, targets, segments)
+
+
 class Rounding(nn.Module):
     """Maps a weight [N, K] to what its blocks of integers stand for; scales and zero points are [N, blocks]."""
 

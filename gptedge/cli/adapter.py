@@ -1,0 +1,32 @@
+"""gptedge adapter: a LoRA adapter in PEFT's format becomes a file that a bundle loads while it runs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gptedge.cli.common import BundleArgument, Force, Json, emit, needs
+
+
+def command(
+    source: Annotated[
+        Path, typer.Argument(metavar="ADAPTER", help="A folder that finetune --adapter, or PEFT, wrote.")
+    ],
+    bundle: BundleArgument,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The file, NAME.onnx_adapter.")],
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Make a LoRA adapter for a bundle that was exported with --lora-inputs."""
+    with needs("export"):
+        from gptedge.export.adapter import make_adapter
+    result = make_adapter(source, bundle, out, force=force)
+    checked = "" if result.base_checked else "; it does not say which weights it was trained on"
+    emit(
+        {**asdict(result), "adapter": str(out)},
+        as_json=as_json,
+        lines=[f"{out}: {result.layers} layers, of a rank of at most {result.rank}{checked}"],
+    )
