@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -25,3 +26,30 @@ def interrupts_held() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not set from Python
     if came:
         signal.raise_signal(came[0])
+
+
+@contextmanager
+def deferred_interrupt() -> Iterator[Callable[[], bool]]:
+    """Ctrl+C is noted, not raised, so that no step is left half done; a second one is raised at once.
+
+    SIGTERM too, where Python handles it. Yields a function that says whether one came. Outside the main thread, where
+    no signals arrive, and in a program that ignores them, it never does.
+    """
+    came = False
+
+    def note(_number: int, _frame: FrameType | None) -> None:
+        nonlocal came
+        came = True
+        for number in before:
+            signal.signal(number, signal.default_int_handler)
+
+    before = {number: handler for number in _SIGNALS if callable(handler := signal.getsignal(number))}
+    if threading.current_thread() is not threading.main_thread():
+        before = {}
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield lambda: came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -10,10 +11,28 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gptedge.cli.common import Force, Json, Threads, emit, needs, progress, say
+from gptedge.cli.common import Force, Json, Threads, emit, needs, progress, say, table
 
 if TYPE_CHECKING:
     from gptedge.train.trainer import OnStep, StepReport
+
+
+def _print_presets(wanted: bool) -> None:
+    if wanted:
+        with needs("train"):
+            from gptedge.train.describe import preset_rows
+        for line in table(preset_rows()):
+            print(line)
+        raise typer.Exit
+
+
+def _print_settings(wanted: bool) -> None:
+    if wanted:
+        with needs("train"):
+            from gptedge.train.describe import setting_rows
+        for name, default, bounds, what in setting_rows()[1:]:
+            print(f"{name} = {default}" + (f"   ({bounds})" if bounds else "") + f"\n    {what}")
+        raise typer.Exit
 
 
 def command(
@@ -28,7 +47,14 @@ def command(
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Leave broken lines of JSONL out, and count them.")
     ] = False,
+    shard: Annotated[bool, typer.Option("--shard", help="FSDP2 under torchrun: a part of the model each.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in OUT.")] = False,
+    list_presets: Annotated[
+        bool, typer.Option("--list-presets", is_eager=True, callback=_print_presets, help="Show the presets.")
+    ] = False,
+    list_settings: Annotated[
+        bool, typer.Option("--list-settings", is_eager=True, callback=_print_settings, help="Show what a TOML may set.")
+    ] = False,
     threads: Threads = None,
     force: Force = False,
     as_json: Json = False,
@@ -55,8 +81,18 @@ def command(
         settings = TrainConfig.from_dict(given, where="the command line")
     with training_progress("train") as on_step:
         result = run_training(
-            data, out, config=settings, resume=resume, force=force, skip_bad=skip_bad, on_step=on_step, on_message=say
+            data,
+            out,
+            config=settings,
+            resume=resume,
+            force=force,
+            skip_bad=skip_bad,
+            shard=shard,
+            on_step=on_step,
+            on_message=say,
         )
+    if os.environ.get("RANK", "0") != "0":  # under torchrun, the first process alone speaks
+        return
     value = {**asdict(result), "checkpoint": str(result.checkpoint), "tokens": str(result.tokens)}
     held_out = "" if result.val_loss is None else f", {result.val_loss:.3f} held out"
     line = f"{out}: {result.parameters:,} parameters, {result.steps} steps, loss {result.loss:.3f}{held_out}"

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 IGNORED = -100
@@ -39,6 +40,10 @@ class Batch:
     def rows(self, start: int, stop: int) -> Batch:
         segments = None if self.segments is None else self.segments[start:stop]
         return Batch(self.ids[start:stop], self.targets[start:stop], segments)
+
+    def to(self, device: torch.device) -> Batch:
+        segments = None if self.segments is None else self.segments.to(device)
+        return Batch(self.ids.to(device), self.targets.to(device), segments)
 
 
 class BatchSource(Protocol):

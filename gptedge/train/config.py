@@ -25,6 +25,8 @@ class TrainConfig(LoopConfig):
         "n_kv_head": (int, 1, 1000),
         "n_embd": (int, 2, 1 << 16),
         "n_ff": (int, 1, 1 << 20),
+        "dropout": (float, 0.0, 0.9),
+        "z_loss": (float, 0.0, 1.0),
         "validation_fraction": (float, 0.0, 0.5),
         "eval_windows": (int, 1, 1 << 20),
     }
@@ -34,12 +36,22 @@ class TrainConfig(LoopConfig):
     vocab_size: int | None = None
     """Tokens to learn from the text, at least 257: the bytes and the end-of-text token. Less text may give fewer."""
     context_length: int | None = None
+    """Tokens that the model can see, and that each row of a batch has."""
     n_layer: int | None = None
+    """Blocks of attention and feed-forward."""
     n_head: int | None = None
+    """Heads of queries."""
     n_kv_head: int | None = None
+    """Heads of keys and values, of which n_head is a multiple."""
     n_embd: int | None = None
-    """A multiple of n_head; heads are n_embd / n_head wide."""
+    """Width of the model, a multiple of n_head; heads are n_embd / n_head wide."""
     n_ff: int | None = None
+    """Width of the feed-forward's hidden layer."""
+    dropout: float = 0.0
+    """Chance of each number that is added to the residual stream to be left out (arXiv:1207.0580)."""
+    z_loss: float = 0.0
+    """Weight of the squared log of the softmax's sum in the training loss, which keeps logits small (arXiv:2204.02311);
+    1e-4 is usual."""
     validation_fraction: float = 0.05
     """Of the text, held out to measure the loss on."""
     eval_windows: int = 32

@@ -168,21 +168,25 @@ def block(
 ) -> Tensor:
     """Residual block, [B, T, C] -> [B, T, C]."""
     update = attention(c, layer.attn, norm(c, layer.attn_norm, x), rope, i, cache, same)
-    after = x + norm(c, layer.attn_post_norm, update)
+    after = x + layer.dropout(norm(c, layer.attn_post_norm, update))
     seen = x if c.parallel else after
-    return after + norm(c, layer.mlp_post_norm, mlp(c, layer.mlp, norm(c, layer.mlp_norm, seen)))
+    update = mlp(c, layer.mlp, norm(c, layer.mlp_norm, seen))
+    out: Tensor = after + layer.dropout(norm(c, layer.mlp_post_norm, update))
+    return out
 
 
 class GPT(nn.Module):
     """A decoder-only transformer whose state_dict is exactly `families.tensor_shapes(config)`."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, *, dropout: float = 0.0, z_loss: float = 0.0) -> None:
+        """`dropout` and `z_loss` change training alone."""
         super().__init__()
         c = self.config = config
+        self.dropout, self.z_loss = nn.Dropout(dropout), z_loss
         self.embed = nn.Embedding(c.vocab_size, c.n_embd)
         self.position = nn.Embedding(c.context_length, c.n_embd) if c.position == "learned" else None
         self.embed_norm = _norm_of(c, c.n_embd) if c.embed_norm else None
-        self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
+        self.blocks = nn.ModuleList(Block(c, dropout) for _ in range(c.n_layer))
         self.norm = _norm_of(c, c.n_embd)
         self.head = None if c.tie_embeddings else nn.Linear(c.n_embd, c.vocab_size, bias=False)
         initialize(self)
@@ -215,11 +219,10 @@ class GPT(nn.Module):
         same = None
         if segments is not None:
             positions, same = segment_positions(segments), (segments[:, :, None] == segments[:, None, :])[:, None]
-        x = embed(self, ids, positions)
+        x = self.dropout(embed(self, ids, positions))
         ropes = {of: rope_tables(of, positions) for of in map(c.rope_of, range(c.n_layer)) if c.position == "rope"}
         for i, layer in enumerate(self.blocks):
-            assert isinstance(layer, Block)
-            x = block(c, layer, x, ropes.get(c.rope_of(i)), i, cache, same)
+            x = layer(x, ropes.get(c.rope_of(i)), i, cache, same)
         return norm(c, self.norm, x)
 
     def logits(self, x: Tensor) -> Tensor:
@@ -239,6 +242,9 @@ class GPT(nn.Module):
             x, targets = x[scored], targets[scored]
         logits = self.logits(x).float().view(-1, self.config.vocab_size)  # [B * T, V] or [scored, V]
         total = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum")
+        if self.z_loss and self.training:
+            squares = logits.logsumexp(-1).square()
+            total = total + self.z_loss * squares.where(targets.flatten() != IGNORED, 0).sum()
         return total / scored.sum().clamp(min=1)
 
     @torch.no_grad()
@@ -272,7 +278,7 @@ def rope_tables(c: ModelConfig, positions: Tensor) -> Rope:
     return (angles.cos() * factor).float(), (angles.sin() * factor).float()
 
 
-# ---- parameters: modules that hold them under their names, and compute nothing ---------------------------------------
+# ---- parameters: modules that hold them under their names, and leave computing to the functions above ----------------
 
 
 class Attention(nn.Module):
@@ -295,14 +301,19 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, c: ModelConfig) -> None:
+    def __init__(self, c: ModelConfig, dropout: float) -> None:
         super().__init__()
+        self.config, self.dropout = c, nn.Dropout(dropout)
         self.attn_norm = _norm_of(c, c.n_embd) if c.pre_norm else None
         self.attn = Attention(c)
         self.attn_post_norm = _norm_of(c, c.n_embd) if c.post_norm else None
         self.mlp_norm = _norm_of(c, c.n_embd) if c.pre_norm else None
         self.mlp = MLP(c)
         self.mlp_post_norm = _norm_of(c, c.n_embd) if c.post_norm else None
+
+    def forward(self, x: Tensor, rope: Rope | None, i: int, cache: Cache | None, same: Tensor | None) -> Tensor:
+        """`block`, as the call that wrappers such as FSDP see."""
+        return block(self.config, self, x, rope, i, cache, same)
 
 
 def _norm_of(c: ModelConfig, width: int) -> nn.Module:

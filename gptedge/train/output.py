@@ -77,7 +77,8 @@ def check_same_run(out: Path, config: LoopConfig, identity: Mapping[str, str]) -
 def resume_trainer(trainer: Trainer, out: Path, on_message: OnMessage) -> None:
     """Go on from the latest state that is whole."""
     trainer.restore(load_state(out / STATE, on_message))
-    discard_after(out / STATE, trainer.step)
+    if trainer.processes.leads:
+        discard_after(out / STATE, trainer.step)
     on_message(f"resuming after step {trainer.step:,}")
 
 

@@ -32,6 +32,7 @@ from gptedge.train.output import (
     resume_trainer,
 )
 from gptedge.train.prepare import END_OF_TEXT, end_of_text, learn_tokenizer, scan_text, tokenize
+from gptedge.train.processes import Processes, processes, whole
 from gptedge.train.stdlib import stdlib_corpus
 from gptedge.train.trainer import OnStep, Trainer
 from gptedge.train.windows import RandomWindows
@@ -73,31 +74,54 @@ def run_training(
     resume: bool = False,
     force: bool = False,
     skip_bad: bool = False,
+    shard: bool = False,
     on_step: OnStep = lambda report: None,
     on_message: OnMessage = lambda message: None,
 ) -> TrainResult:
     """Train on the text in `paths` (None: Python's own documentation) and write a checkpoint to `out`.
 
     With `resume`, go on from the state in `out` to exactly what an uninterrupted run would have come to. With
-    `skip_bad`, broken lines of JSONL are left out and counted.
+    `skip_bad`, broken lines of JSONL are left out and counted. In processes that torchrun started, each takes its rows
+    of every batch, and with `shard` its part of weights and optimizer; the first one alone reports and writes.
     Raises OutputExistsError, UsageError, DataError, CheckpointError, TrainingError; KeyboardInterrupt saves the state.
     """
-    out = Path(out)
-    check_output(out, resume=resume, force=force)
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    corpus: Corpus = _stdlib if paths is None else Files(paths, skip_bad=skip_bad)
-    scanned = scan_text(corpus, on_message)
-    run = (_reopen if resume else _begin)(out, config, corpus, scanned, on_message)
+    with processes(shard=shard) as these:
+        if not these.leads:
+            on_step, on_message = (lambda report: None), (lambda message: None)
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        return _train(paths, Path(out), config, these, resume, force, skip_bad, on_step, on_message)
+
+
+def _train(
+    paths: Sequence[Path] | None,
+    out: Path,
+    config: TrainConfig,
+    these: Processes,
+    resume: bool,
+    force: bool,
+    skip_bad: bool,
+    on_step: OnStep,
+    on_message: OnMessage,
+) -> TrainResult:
+    run = None
+    if these.leads:  # the others wait in from_leader
+        check_output(out, resume=resume, force=force)
+        corpus: Corpus = _stdlib if paths is None else Files(paths, skip_bad=skip_bad)
+        scanned = scan_text(corpus, on_message)
+        run = (_reopen if resume else _begin)(out, config, corpus, scanned, on_message)
+    run = _shared(run, out, these)
     torch.manual_seed(config.seed)
-    model = GPT(run.model)
-    trainer = _make_trainer(out, run, config, model)
+    model = GPT(run.model, dropout=config.dropout, z_loss=config.z_loss)
+    parameters = model.n_parameters()
+    trainer = _make_trainer(out, run, config, model, these)
     if resume:
         resume_trainer(trainer, out, on_message)
-    threads = torch.get_num_threads()
-    on_message(f"model: {model.n_parameters():,} parameters; {precision_line(trainer)}; {threads} threads")
+    on_message(f"model: {parameters:,} parameters; {precision_line(trainer)}; {these.describe()}")
     trainer.train(on_step)
-    _write(out, model, run.tokenizer)
+    weights = whole(model.state_dict())
+    if these.leads:
+        _write(out, run, weights)
     return TrainResult(
         checkpoint=out,
         tokens=run.tokens,
@@ -107,7 +131,7 @@ def run_training(
         val_loss=trainer.val_loss,
         seconds=trainer.elapsed_s,
         tokens_per_second=trainer.tokens_seen / trainer.elapsed_s,
-        parameters=model.n_parameters(),
+        parameters=parameters,
         precision=trainer.precision,
     )
 
@@ -148,7 +172,17 @@ def _stdlib() -> Iterator[Piece]:
     return (Piece(text, True) for text in stdlib_corpus())
 
 
-def _make_trainer(out: Path, run: _Run, config: TrainConfig, model: GPT) -> Trainer:
+def _shared(run: _Run | None, out: Path, these: Processes) -> _Run:
+    """What the leader settled, in every process; the tokens are read from its files."""
+    told = these.from_leader(None if run is None else (run.tokens, run.model))
+    if run is not None:
+        return run
+    assert told is not None, "the leader has settled it"
+    tokens, model = told
+    return _Run(Tokenizer.from_folder(out / STATE), tokens, TokenData.load(tokens), model)
+
+
+def _make_trainer(out: Path, run: _Run, config: TrainConfig, model: GPT, these: Processes) -> Trainer:
     recipe = config.recipe
     windows = RandomWindows(
         run.data,
@@ -157,7 +191,7 @@ def _make_trainer(out: Path, run: _Run, config: TrainConfig, model: GPT) -> Trai
         eval_windows=config.eval_windows,
         seed=config.seed,
     )
-    return Trainer(config, model, windows, folder=out / STATE, metrics=out / METRICS)
+    return Trainer(config, model, windows, folder=out / STATE, metrics=out / METRICS, processes=these)
 
 
 # ---- the checkpoint ------------------------------------------------------------------------------------------------
@@ -174,11 +208,11 @@ def _tokenizer_config(context_length: int) -> dict[str, Any]:
     }
 
 
-def _write(out: Path, model: GPT, tokenizer: Tokenizer) -> None:
+def _write(out: Path, run: _Run, weights: dict[str, torch.Tensor]) -> None:
     side_files = {
         TOKENIZER: (out / STATE / TOKENIZER).read_bytes(),
-        TOKENIZER_CONFIG: json.dumps(_tokenizer_config(model.config.context_length), indent=2).encode() + b"\n",
+        TOKENIZER_CONFIG: json.dumps(_tokenizer_config(run.model.context_length), indent=2).encode() + b"\n",
     }
-    weights = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
-    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end_of_text(tokenizer))
-    put_checkpoint(out, lambda folder: write_checkpoint(folder, model.config, weights, side_files, token_ids=ids))
+    arrays = {name: tensor.numpy() for name, tensor in weights.items()}
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end_of_text(run.tokenizer))
+    put_checkpoint(out, lambda folder: write_checkpoint(folder, run.model, arrays, side_files, token_ids=ids))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from gptedge.train.settings import LoopConfig
+from gptedge.train.settings import LoopConfig, Schedule
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,22 @@ class Budget:
 
 
 def learning_rate(config: LoopConfig, progress: float) -> float:
-    """Rises in a line over `warmup`, then falls along half a cosine to its last fraction."""
+    """Rises in a line over `warmup`, then falls to its last fraction as `schedule` says."""
     peak, floor = config.peak_learning_rate, config.final_learning_rate
     if progress < config.warmup:
         return peak * progress / config.warmup
+    return peak * (floor + (1 - floor) * _HEIGHTS[config.schedule](config, progress))
+
+
+def _cosine(config: LoopConfig, progress: float) -> float:
+    """1 after the warmup, 0 at the end."""
     turn = (progress - config.warmup) / (1 - config.warmup)
-    return peak * (floor + (1 - floor) * (1 + math.cos(math.pi * turn)) / 2)
+    return (1 + math.cos(math.pi * turn)) / 2
+
+
+def _trapezoid(config: LoopConfig, progress: float) -> float:
+    """1 until the last `decay` of the run, then a line to 0: warmup-stable-decay (arXiv:2404.06395)."""
+    return min(1.0, (1 - progress) / min(config.decay, 1 - config.warmup))
+
+
+_HEIGHTS: dict[Schedule, Callable[[LoopConfig, float], float]] = {"cosine": _cosine, "trapezoid": _trapezoid}

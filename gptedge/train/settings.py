@@ -15,11 +15,16 @@ from typing import Any, ClassVar, Literal, Self
 from gptedge.errors import UsageError
 
 Precision = Literal["auto", "fp32", "bf16"]
+Schedule = Literal["cosine", "trapezoid"]
 Bounds = dict[str, tuple[type, float, float]]
 """name -> kind, lowest, highest"""
 
-# May differ when a run is resumed: they say how far to go and what to report, not what is computed at a step.
-RESUMABLE_CHANGES = frozenset({"max_steps", "max_seconds", "eval_every", "save_every", "keep_states", "threads"})
+# May differ when a run is resumed: they say how far to go, what to report and how to share the work of a step out.
+RESUMABLE_CHANGES = frozenset({"max_steps", "max_seconds", "eval_every", "save_every", "keep_states", "patience"}) | {
+    "threads",
+    "grad_accumulation",
+    "compile",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +44,9 @@ class LoopConfig:
         "beta1": (float, 0.0, 0.99999),
         "beta2": (float, 0.0, 0.99999),
         "grad_clip": (float, 1e-6, 1e6),
+        "grad_accumulation": (int, 1, 1 << 20),
+        "decay": (float, 0.01, 1.0),
+        "patience": (int, 0, 10**6),
         "threads": (int, 0, 4096),
         "eval_every": (int, 1, 10**9),
         "save_every": (int, 0, 10**9),
@@ -60,16 +68,25 @@ class LoopConfig:
     warmup: float = 0.05
     """Fraction of the run in which the learning rate rises."""
     final_learning_rate: float = 0.05
-    """Fraction of `learning_rate` at which the run ends, after half a cosine."""
+    """Fraction of `learning_rate` at which the run ends."""
+    schedule: Schedule = "cosine"
+    """How it falls after the warmup: along half a cosine, or as a trapezoid: not at all until the last `decay`."""
+    decay: float = 0.2
+    """Fraction of the run, its end, in which a trapezoid's learning rate falls."""
     weight_decay: float = 0.1
     """Of matrices; embeddings, norms and biases do not decay."""
     beta1: float = 0.9
+    """AdamW's memory of gradients (arXiv:1711.05101)."""
     beta2: float = 0.99
-    """AdamW's memory of gradients and of their squares (arXiv:1711.05101)."""
+    """AdamW's memory of their squares."""
     grad_clip: float = 1.0
     """Largest norm of all gradients together; larger ones are scaled down."""
+    grad_accumulation: int = 1
+    """Parts in which a step's batch is computed, one after another: less memory, the same result."""
     precision: Precision = "auto"
-    """bf16 runs matrix products in bfloat16; auto does where the processor has instructions that gain by it (AMX)."""
+    """bf16 runs matrix products in bfloat16; auto does where the processor gains by it (AMX, and GPUs that have it)."""
+    compile: bool = False
+    """Compile the model with torch.compile: minutes before the first step, and faster ones on a GPU."""
     threads: int = 0
     """Processor threads; 0 leaves it to torch."""
     eval_every: int = 100
@@ -77,11 +94,20 @@ class LoopConfig:
     save_every: int = 500
     """Steps between saves of the state that --resume continues from; 0 saves only at the end and on Ctrl+C."""
     keep_states: int = 2
-    """Latest states kept; with two, a damaged one costs `save_every` steps."""
+    """Latest states kept, besides the best; with two, a damaged one costs `save_every` steps."""
+    patience: int = 0
+    """End after so many measurements of the validation loss without a new lowest, and write the weights of the lowest.
+
+    0 goes on to the end, and writes the last.
+    """
 
     def __post_init__(self) -> None:
         if self.precision not in ("auto", "fp32", "bf16"):
             raise UsageError(f"precision is {self.precision!r}; it must be one of auto, fp32, bf16")
+        if self.schedule not in ("cosine", "trapezoid"):
+            raise UsageError(f"schedule is {self.schedule!r}; it must be one of cosine, trapezoid")
+        if not isinstance(self.compile, bool):
+            raise UsageError(f"compile is {self.compile!r}; it must be true or false")
         for name, (kind, low, high) in self.bounds.items():
             _check_number(name, getattr(self, name), kind, low, high)
 

@@ -1,7 +1,8 @@
 """The state of a run on disk: enough to go on as if it had never stopped, and never half of it.
 
-    state/run.json  tokenizer.json  train.npy  validation.npy     written once, when the run begins
-    state/step-00000500.pt  step-00001000.pt                      weights, optimizer, random generators, counts
+    state/run.json  tokenizer.json                written once, when the run begins
+    state/step-00000500.pt  step-00001000.pt      weights, optimizer, random generators, counts
+    state/best.pt                                 weights at the lowest validation loss
 
 A state is a torch file, read with `weights_only=True`, so that opening one runs no code. Its zip checksums are checked.
 """
@@ -20,6 +21,7 @@ from gptedge.errors import CheckpointError
 from gptedge.files import new_file
 
 State = dict[str, Any]
+_BEST = "best.pt"
 
 
 def save_state(folder: Path, state: State, *, step: int, keep: int) -> Path:
@@ -30,6 +32,16 @@ def save_state(folder: Path, state: State, *, step: int, keep: int) -> Path:
     for old in _states(folder)[:-keep]:
         old.unlink()
     return path
+
+
+def save_best(folder: Path, state: State) -> None:
+    with new_file(folder / _BEST) as work:
+        torch.save(state, work)
+
+
+def load_best(folder: Path) -> State | None:
+    """None where there is none, or it is damaged."""
+    return _read(folder / _BEST)
 
 
 def load_state(folder: Path, on_message: Callable[[str], None]) -> State:

@@ -1,33 +1,39 @@
 """The training loop: AdamW over the batches of a source, until the steps or the time are used up.
 
 It reports every step, saves states that a run continues from bit for bit, and stops cleanly on Ctrl+C. It knows nothing
-of files of text, tokenizers or checkpoints: `run` brings those. One process, one device: the processor.
+of files of text, tokenizers or checkpoints: `run` brings those.
 """
 
 from __future__ import annotations
 
-import ctypes
 import json
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from gptedge.errors import CheckpointError, TrainingError
+from gptedge.errors import CheckpointError, DataError, TrainingError
 from gptedge.files import new_file
+from gptedge.interrupts import deferred_interrupt
 from gptedge.train.batches import Batch, BatchSource
+from gptedge.train.parts import (
+    Objective,
+    autocast,
+    choose_precision,
+    keep_freed_memory,
+    load_trained_state,
+    make_optimizer,
+    trained_state,
+    validation_loss,
+)
+from gptedge.train.processes import Processes, optimizer_state_like, whole
 from gptedge.train.schedule import Budget, learning_rate
 from gptedge.train.settings import LoopConfig
-from gptedge.train.state import State, latest_state, save_state
+from gptedge.train.state import State, latest_state, load_best, save_best, save_state
 
 
 @dataclass(frozen=True)
@@ -52,114 +58,6 @@ class StepReport:
 OnStep = Callable[[StepReport], None]
 
 
-# ---- parts ---------------------------------------------------------------------------------------------------------
-
-
-class Objective(nn.Module):
-    """A model's loss as a module's call, which is what PyTorch's own wrappers take."""
-
-    def __init__(self, model: nn.Module) -> None:
-        """`model` has `loss(ids, targets, segments)`: the mean over the targets that are scored, as GPT's."""
-        super().__init__()
-        self.model = model
-
-    def forward(self, ids: Tensor, targets: Tensor, segments: Tensor | None) -> Tensor:
-        loss: Tensor = self.model.loss(ids, targets, segments)  # type: ignore[operator]  # nn.Module knows no methods
-        return loss
-
-
-def parameter_groups(model: nn.Module, config: LoopConfig) -> list[dict[str, Any]]:
-    """Of what requires a gradient, matrices decay, and all that has one dimension (norms, biases) does not.
-
-    Neither do embedding tables, which learn faster. `scale` times the schedule's learning rate is a group's own.
-    """
-    tables = [p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters() if p.requires_grad]
-    others = [p for p in model.parameters() if p.requires_grad and all(p is not table for table in tables)]
-    groups = [
-        {"params": [p for p in others if p.ndim >= 2], "weight_decay": config.weight_decay, "scale": 1.0},
-        {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0, "scale": 1.0},
-        {"params": tables, "weight_decay": 0.0, "scale": config.embedding_scale},
-    ]
-    return [group for group in groups if group["params"]]
-
-
-def make_optimizer(model: nn.Module, config: LoopConfig) -> torch.optim.AdamW:
-    """AdamW, fused: 2.4 ms a step for 4M parameters where the plain loop takes 8.3."""
-    groups = parameter_groups(model, config)
-    return torch.optim.AdamW(groups, lr=0.0, betas=(config.beta1, config.beta2), fused=True)
-
-
-def choose_precision(wanted: str) -> Literal["fp32", "bf16"]:
-    """bf16 only where it pays: 2.4 times as fast with AMX, slower on processors that emulate it."""
-    has_amx: bool = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
-    return "bf16" if wanted == "bf16" or (wanted == "auto" and has_amx) else "fp32"
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc to keep large freed blocks rather than give them back to the kernel, which clears each page anew.
-
-    A step of a 2.4M-parameter model took 279 ms before and 183 ms after. Other C libraries are left as they are.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return
-    for option, size in _MALLOC_OPTIONS:
-        mallopt(option, size)
-
-
-# M_MMAP_THRESHOLD at the largest that glibc takes, M_TRIM_THRESHOLD, M_TOP_PAD: numbers of malloc.h, sizes in bytes
-_MALLOC_OPTIONS = ((-3, 32 << 20), (-1, 2**31 - 1), (-2, 64 << 20))
-
-
-@torch.no_grad()
-def validation_loss(model: nn.Module, batches: Sequence[Batch]) -> float:
-    """Mean cross-entropy in nats over the scored tokens of all batches."""
-    model.eval()
-    objective = Objective(model)
-    total = sum(float(objective(b.ids, b.targets, b.segments)) * b.scored for b in batches)
-    model.train()
-    return total / sum(b.scored for b in batches)
-
-
-def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """What training changes: parameters that require a gradient, and the buffers that a state_dict has."""
-    fixed = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    return {name: tensor for name, tensor in model.state_dict().items() if name not in fixed}
-
-
-def load_trained_state(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Put back what `trained_state` gave. Raises KeyError for anything else."""
-    if difference := trained_state(model).keys() ^ state.keys():
-        raise KeyError(f"{min(difference)} is in only one of model and state")
-    model.load_state_dict(state, strict=False)
-
-
-@contextmanager
-def deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Ctrl+C is noted, not raised, so that no step is left half done; a second one is raised at once.
-
-    Yields a function that says whether it came. Outside the main thread, where no signals arrive, and in a program that
-    ignores them, it never does.
-    """
-    came = False
-
-    def note(_number: int, _frame: FrameType | None) -> None:
-        nonlocal came
-        came = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or before in (signal.SIG_IGN, None):
-        yield lambda: False
-        return
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield lambda: came
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 # ---- the loop ------------------------------------------------------------------------------------------------------
 
 
@@ -167,41 +65,61 @@ class Trainer:
     """A run under way: the model, its optimizer, where its batches come from, and how far it has come."""
 
     def __init__(
-        self, config: LoopConfig, model: nn.Module, source: BatchSource, *, folder: Path, metrics: Path
+        self,
+        config: LoopConfig,
+        model: nn.Module,
+        source: BatchSource,
+        *,
+        folder: Path,
+        metrics: Path,
+        processes: Processes | None = None,
     ) -> None:
         """`model` has a loss as `Objective` says; its parameters that require a gradient are trained.
 
-        `folder` takes the states, `metrics` a JSON line for each step.
+        `folder` takes the states, `metrics` a JSON line for each step. Raises DataError for patience without held-out
+        batches.
         """
         self.config, self.source = config, source
-        self.model, self.objective = model.train(), Objective(model)
+        self.processes = processes = processes or Processes()
+        processes.prepare(model)
+        self.model, self.objective = model.train(), _wrapped(model, config, processes)
         self.folder, self.metrics = folder, metrics
         self.optimizer = make_optimizer(model, config)
-        self.precision = choose_precision(config.precision)
+        self.precision = choose_precision(config.precision, processes.device.type)
         self.budget = Budget(config.step_limit, config.max_seconds)
-        self.held_out = source.held_out()
+        self.held_out = [batch.to(processes.device) for batch in source.held_out()]
+        if config.patience and not self.held_out:
+            raise DataError(
+                f"patience is {config.patience}, and nothing is held out to be patient about; give more data"
+            )
         self.step, self.tokens_seen, self.elapsed_s = 0, 0, 0.0
         self.loss = math.nan
         self.val_loss: float | None = None
+        self.best_val_loss, self.best_step, self.waited = math.inf, 0, 0
 
     @property
     def is_done(self) -> bool:
-        return self.budget.progress(self.step, self.elapsed_s) >= 1
+        patient = not self.config.patience or self.waited < self.config.patience
+        return not patient or self.budget.progress(self.step, self.elapsed_s) >= 1
 
     def train(self, on_step: OnStep) -> None:
-        """Go on until the budget is used up. Raises TrainingError, or KeyboardInterrupt once the state is saved."""
+        """Go on until budget or patience is used up; with patience, the best weights are the model's in the end.
+
+        Raises TrainingError, or KeyboardInterrupt once the state is saved. Only the leading process reports and writes.
+        """
         keep_freed_memory()
         self._began = time.perf_counter() - self.elapsed_s
-        with deferred_interrupt() as interrupted, self.metrics.open("a", encoding="utf-8") as log:
+        with deferred_interrupt() as interrupted:
             while not self.is_done:
                 report = self._step()
-                log.write(json.dumps(asdict(report)) + "\n")
-                log.flush()
-                stop = _stops(on_step, report) or interrupted()
+                stops = self.processes.leads and (self._log(report) or _stops(on_step, report))
+                stop = any(self.processes.gather(float(stops or interrupted())))
                 if stop or self.is_done or (self.config.save_every and self.step % self.config.save_every == 0):
-                    save_state(self.folder, self.state(), step=self.step, keep=self.config.keep_states)
+                    self._save()
                 if stop:
                     raise KeyboardInterrupt
+        if self.config.patience and self.best_step < self.step:
+            self._take_best()
 
     def _step(self) -> StepReport:
         began = time.perf_counter()
@@ -210,15 +128,15 @@ class Trainer:
         self.loss, grad_norm = self._update(batch, rate)
         self.step += 1
         self.tokens_seen += batch.ids.numel()
-        now = time.perf_counter()
-        self.elapsed_s = now - self._began
+        self.elapsed_s = max(self.processes.gather(time.perf_counter() - self._began))
+        took_s = time.perf_counter() - began
         measured = self._validate() if self.step % self.config.eval_every == 0 or self.is_done else None
         return StepReport(
             step=self.step,
             max_steps=self.budget.max_steps,
             loss=self.loss,
             val_loss=measured,
-            tokens_per_second=batch.ids.numel() / (now - began),
+            tokens_per_second=batch.ids.numel() / took_s,
             learning_rate=rate,
             grad_norm=grad_norm,
             elapsed_s=self.elapsed_s,
@@ -227,39 +145,85 @@ class Trainer:
 
     def _update(self, batch: Batch, rate: float) -> tuple[float, float]:
         """One update of the weights; gives the loss and the norm of the gradients before it."""
-        with autocast(self.precision):
-            loss: Tensor = self.objective(batch.ids, batch.targets, batch.segments)
-        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
-        self._check_finite(loss.item(), norm.item(), rate)
+        mine = 0.0
+        for part, share in self.processes.parts(batch, self.config.grad_accumulation):
+            with autocast(self.precision, self.processes.device.type):
+                loss: Tensor = self.objective(part.ids, part.targets, part.segments) * share
+            (loss * self.processes.world).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            mine += loss.item()  # the processes' gradients are averaged, and the shares are of their sum
+        whole_loss = sum(self.processes.gather(mine))
+        norm = float(whole(nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)))
+        self._check_finite(whole_loss, norm, rate)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["scale"]
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return loss.item(), norm.item()
+        return whole_loss, norm
+
+    def _log(self, report: StepReport) -> None:
+        try:
+            with self.metrics.open("a", encoding="utf-8") as log:
+                log.write(json.dumps(asdict(report)) + "\n")
+        except OSError as e:
+            raise self._cannot_write(self.metrics, e) from None
+
+    def _save(self) -> None:
+        state = self.state()
+        if self.processes.leads:
+            try:
+                save_state(self.folder, state, step=self.step, keep=self.config.keep_states)
+            except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
+                raise self._cannot_write(self.folder, e) from None
+
+    def _cannot_write(self, path: Path, error: Exception) -> TrainingError:
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        return TrainingError(
+            f"step {self.step}: {path} cannot be written: {reason}; {self._kept()}; make room and go on with --resume"
+        )
+
+    def _kept(self) -> str:
+        saved = latest_state(self.folder)
+        return f"{saved} is kept" if saved else "no state had been saved yet"
 
     def _check_finite(self, loss: float, norm: float, rate: float) -> None:
         if math.isfinite(loss) and math.isfinite(norm):
             return
-        saved = latest_state(self.folder)
-        kept = f"{saved} is kept" if saved else "no state had been saved yet"
         raise TrainingError(
             f"step {self.step + 1}: the loss is {loss:g} and its gradient's norm {norm:g}, at a learning rate of "
-            f"{rate:.2g}; {kept}; train again with a lower learning_rate than {self.config.peak_learning_rate:g}"
+            f"{rate:.2g}; {self._kept()}; "
+            f"train again with a lower learning_rate than {self.config.peak_learning_rate:g}"
         )
 
     def _validate(self) -> float | None:
-        if self.held_out:
-            with autocast(self.precision):
-                self.val_loss = validation_loss(self.model, self.held_out)
+        """Measure, and keep the weights where they are the best so far."""
+        if not self.held_out:
+            return None
+        with autocast(self.precision, self.processes.device.type):
+            self.val_loss = validation_loss(self.model, self.held_out)
+        self.waited += 1
+        if self.val_loss < self.best_val_loss:
+            self.best_val_loss, self.best_step, self.waited = self.val_loss, self.step, 0
+            weights = whole(trained_state(self.model))
+            if self.processes.leads:
+                try:
+                    save_best(self.folder, {"model": weights, "step": self.step, "val_loss": self.val_loss})
+                except (OSError, RuntimeError) as e:
+                    raise self._cannot_write(self.folder, e) from None
         return self.val_loss
+
+    def _take_best(self) -> None:
+        best = load_best(self.folder)
+        if best is not None and best["step"] == self.best_step:
+            load_trained_state(self.model, best["model"])
+            self.val_loss = self.best_val_loss
 
     def state(self) -> State:
         """Everything that the next steps depend on, and that the run began with neither in files nor by its seed."""
         return {
-            "model": trained_state(self.model),
-            "optimizer": self.optimizer.state_dict(),
+            "model": whole(trained_state(self.model)),
+            "optimizer": whole(self.optimizer.state_dict()),
             "torch_generator": torch.get_rng_state(),
+            "cuda_generators": torch.cuda.get_rng_state_all() if self.processes.device.type == "cuda" else [],
             **{name: getattr(self, name) for name in _COUNTS},
         }
 
@@ -267,21 +231,27 @@ class Trainer:
         """Continue from a state of the same run; later lines of the metrics are removed."""
         try:
             load_trained_state(self.model, state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            self.optimizer.load_state_dict(optimizer_state_like(self.optimizer, state["optimizer"]))
             torch.set_rng_state(state["torch_generator"])
+            if len(state["cuda_generators"]) == torch.cuda.device_count():
+                torch.cuda.set_rng_state_all(state["cuda_generators"])
             for name in _COUNTS:
                 setattr(self, name, state[name])
         except (KeyError, RuntimeError, TypeError, ValueError) as e:
             reason = str(e).partition("\n")[0]
             raise CheckpointError(f"the state in {self.folder} is not of this run: {reason}") from None
-        _cut_metrics(self.metrics, self.step)
+        if self.processes.leads:
+            _cut_metrics(self.metrics, self.step)
 
 
-_COUNTS = ("step", "tokens_seen", "elapsed_s", "loss", "val_loss", "precision")
+_COUNTS = ("step", "tokens_seen", "elapsed_s", "loss", "val_loss", "precision", "best_val_loss", "best_step", "waited")
 
 
-def autocast(precision: str) -> AbstractContextManager[Any]:
-    return torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext()
+def _wrapped(model: nn.Module, config: LoopConfig, processes: Processes) -> nn.Module:
+    objective = Objective(model)
+    if config.compile:
+        objective.compile()
+    return processes.wrap(objective)
 
 
 def _stops(on_step: OnStep, report: StepReport) -> bool:

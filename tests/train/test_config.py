@@ -11,7 +11,10 @@ import pytest
 
 from gptedge.errors import UsageError
 from gptedge.train.config import TrainConfig
+from gptedge.train.describe import markdown, preset_rows, setting_rows
 from gptedge.train.presets import PRESETS
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize(
@@ -26,6 +29,9 @@ from gptedge.train.presets import PRESETS
         ({"vocab_size": 256}, r"vocab_size is 256; it must be a whole number from 257"),
         ({"validation_fraction": 0.9}, r"validation_fraction is 0\.9; .* to 0\.5"),
         ({"precision": "fp16"}, r"precision is 'fp16'; it must be one of auto, fp32, bf16"),
+        ({"schedule": "linear"}, r"schedule is 'linear'; it must be one of cosine, trapezoid"),
+        ({"compile": 1}, r"compile is 1; it must be true or false"),
+        ({"dropout": 1}, r"dropout is 1; .* to 0\.9"),
         ({"preset": "huge"}, r"preset is 'huge'; it must be one of nano, micro, small, base"),
         ({"n_embd": 100, "n_head": 3}, r"n_embd is 100; it must be a multiple of n_head, 3"),
         ({"n_head": 4, "n_kv_head": 3}, r"n_head 4 is not a multiple of n_kv_head 3"),
@@ -100,3 +106,18 @@ def test_the_settings_need_no_torch() -> None:
     """The command line reads them for its help."""
     code = "import sys, gptedge.train.config; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+# ---- what is written about them ------------------------------------------------------------------------------------
+
+
+def test_docs_hold_the_tables_of_settings_and_presets() -> None:
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    assert markdown(setting_rows()) in page
+    assert markdown(preset_rows()) in page
+
+
+def test_every_setting_is_described() -> None:
+    for name, default, _bounds, what in setting_rows()[1:]:
+        assert len(what) > 10, name
+        assert default

@@ -188,6 +188,27 @@ def test_gradients_reach_every_parameter() -> None:
     assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
+def test_dropout_is_drawn_in_training_alone() -> None:
+    torch.manual_seed(0)
+    model, ids = GPT(tiny(), dropout=0.5), torch.randint(131, (1, 30))
+    assert list(model.state_dict()) == list(GPT(tiny()).state_dict())
+    first, second = model.train()(ids), model(ids)
+    assert not torch.allclose(first, second)
+    assert torch.equal(model.eval()(ids), model(ids))
+
+
+def test_z_loss_is_the_squared_log_of_the_softmaxs_sum_in_training_alone() -> None:
+    model, ids = seeded(), torch.randint(131, (2, 17))
+    targets = ids[:, 1:].clone()
+    targets[0, :5] = IGNORED
+    logits = model(ids[:, :-1])
+    squares = logits.logsumexp(-1).square()[targets != IGNORED]
+    plain = model.loss(ids[:, :-1], targets)
+    model.z_loss = 0.01
+    assert model.loss(ids[:, :-1], targets) == plain
+    torch.testing.assert_close(model.train().loss(ids[:, :-1], targets), plain + 0.01 * squares.mean())
+
+
 def tiny(**switches: Any) -> ModelConfig:
     return ModelConfig(
         **{

@@ -18,6 +18,14 @@ def test_the_learning_rate_rises_in_a_line_then_falls_along_a_cosine() -> None:
     assert falling == sorted(falling, reverse=True)
 
 
+def test_a_trapezoid_stays_high_and_falls_in_a_line_at_the_end() -> None:
+    config = TrainConfig(learning_rate=0.1, warmup=0.2, decay=0.4, final_learning_rate=0.1, schedule="trapezoid")
+    at = {p: learning_rate(config, p) for p in (0.1, 0.2, 0.5, 0.6, 0.8, 1.0)}
+    assert at == pytest.approx({0.1: 0.05, 0.2: 0.1, 0.5: 0.1, 0.6: 0.1, 0.8: 0.055, 1.0: 0.01})
+    long = TrainConfig(learning_rate=0.1, warmup=0.5, decay=1.0, final_learning_rate=0.0, schedule="trapezoid")
+    assert [learning_rate(long, p) for p in (0.5, 0.75, 1.0)] == pytest.approx([0.1, 0.05, 0.0])
+
+
 def test_without_warmup_it_starts_at_the_top() -> None:
     assert learning_rate(TrainConfig(learning_rate=0.1, warmup=0.0), 0.0) == pytest.approx(0.1)
 

@@ -18,21 +18,16 @@ import torch
 from torch import nn
 
 from gptedge.config import ModelConfig
-from gptedge.errors import CheckpointError, TrainingError
+from gptedge.errors import CheckpointError, DataError, TrainingError
+from gptedge.interrupts import deferred_interrupt
 from gptedge.train.batches import IGNORED, Batch
 from gptedge.train.config import TrainConfig
 from gptedge.train.data import TokenData
 from gptedge.train.model import GPT
+from gptedge.train.parts import choose_precision, parameter_groups, validation_loss
 from gptedge.train.settings import LoopConfig
 from gptedge.train.state import load_state
-from gptedge.train.trainer import (
-    StepReport,
-    Trainer,
-    choose_precision,
-    deferred_interrupt,
-    parameter_groups,
-    validation_loss,
-)
+from gptedge.train.trainer import StepReport, Trainer
 from gptedge.train.windows import RandomWindows
 
 MakeTrainer = Callable[..., Trainer]
@@ -194,7 +189,8 @@ class Adapted(nn.Module):
 
     def loss(self, ids: torch.Tensor, targets: torch.Tensor, segments: torch.Tensor | None) -> torch.Tensor:
         logits = self.top(self.table(ids)).flatten(0, 1)
-        return nn.functional.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED)
+        total = nn.functional.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum")
+        return total / max(1, int((targets != IGNORED).sum()))
 
 
 class Cycle:
@@ -237,3 +233,90 @@ def test_the_validation_loss_is_the_mean_over_scored_tokens(tmp_path: Path) -> N
     expected = (4 * losses[0] + 4 * losses[1] + losses[2]) / 9
     assert validation_loss(trainer.model, Cycle().held_out()) == pytest.approx(expected, rel=1e-6)
     assert expected != pytest.approx(sum(losses) / 3, rel=1e-3)
+
+
+# ---- the best, and the work of a step ------------------------------------------------------------------------------
+
+
+def test_parts_of_a_batch_add_up_to_it(tmp_path: Path, make: MakeTrainer) -> None:
+    runs = []
+    for parts in (1, 3):
+        trainer = make(grad_accumulation=parts, max_steps=8)
+        trainer.train(lambda report: None)
+        runs.append((trainer.loss, trainer.model.state_dict()))
+        (tmp_path / "metrics.jsonl").unlink()
+    assert runs[1][0] == pytest.approx(runs[0][0], rel=1e-5)
+    for name, tensor in runs[0][1].items():
+        torch.testing.assert_close(runs[1][1][name], tensor, rtol=0, atol=1e-4)
+
+
+def test_parts_weigh_by_what_is_scored(tmp_path: Path) -> None:
+    """Rows of 4, 1 and 0 scored targets, in parts of a row: the loss is the mean over the five."""
+
+    class Uneven(Cycle):
+        def batch(self, step: int) -> Batch:
+            one = super().batch(step)
+            targets = torch.cat([one.targets, one.targets, torch.full_like(one.targets, IGNORED)])
+            targets[1, 2:] = IGNORED
+            return Batch(one.ids.repeat(3, 1), targets)
+
+    losses = []
+    for parts in (1, 3, 5):
+        torch.manual_seed(0)
+        config = LoopConfig(max_steps=3, learning_rate=0.1, precision="fp32", grad_accumulation=parts)
+        trainer = Trainer(config, Adapted(), Uneven(), folder=tmp_path, metrics=tmp_path / f"{parts}.jsonl")
+        trainer.train(lambda report: None)
+        losses.append([line["loss"] for line in lines(trainer)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[2] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_patience_ends_the_run_and_gives_the_best_weights_back(
+    make: MakeTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = iter([5.0, 4.0, 4.5, 4.25, 3.0])
+    monkeypatch.setattr("gptedge.train.trainer.validation_loss", lambda model, batches: next(told))
+    trainer, seen = make(max_steps=100, eval_every=2, patience=2), {}
+    trainer.train(lambda report: seen.update({report.step: trainer.model.embed.weight.clone()}))
+    assert (trainer.step, trainer.best_step, trainer.val_loss) == (8, 4, 4.0)
+    assert torch.equal(trainer.model.embed.weight, seen[4])
+    assert not torch.equal(seen[8], seen[4])
+    state = load_state(trainer.folder, print)
+    assert torch.equal(state["model"]["embed.weight"], seen[8])  # what a longer run goes on from
+
+
+def test_without_patience_the_last_weights_are_the_models(make: MakeTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = iter([1.0, 2.0, 3.0])
+    monkeypatch.setattr("gptedge.train.trainer.validation_loss", lambda model, batches: next(told))
+    trainer, seen = make(max_steps=6, eval_every=2), {}
+    trainer.train(lambda report: seen.update({report.step: trainer.model.embed.weight.clone()}))
+    assert (trainer.best_step, trainer.val_loss) == (2, 3.0)
+    assert torch.equal(trainer.model.embed.weight, seen[6])
+
+
+def test_patience_needs_something_held_out(tmp_path: Path) -> None:
+    class Blind(Cycle):
+        def held_out(self) -> list[Batch]:
+            return []
+
+    with pytest.raises(DataError, match="patience is 2, and nothing is held out"):
+        Trainer(LoopConfig(patience=2, learning_rate=0.1), Adapted(), Blind(), folder=tmp_path, metrics=tmp_path / "m")
+
+
+def test_compiled_learns_the_same(make: MakeTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backend is PyTorch's own stand-in for a compiler, which needs no C++."""
+    calls = list[int]()
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        calls.append(1)
+        return graph.forward
+
+    honest = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self: honest(self, backend=backend))
+    losses = []
+    for compiled in (False, True):
+        trainer = make(compile=compiled, max_steps=3, save_every=0)
+        trainer.train(lambda report: None)
+        losses.append(trainer.loss)
+    assert calls
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
