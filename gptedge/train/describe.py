@@ -27,7 +27,7 @@ def preset_rows() -> Rows:
 
 def setting_rows() -> Rows:
     """A head, then a row for each key of the TOML file: its default, its bounds, and what its docstring says."""
-    docs = {}
+    docs: dict[str, str] = {}
     for kind in reversed(TrainConfig.__mro__[:-1]):
         docs |= _field_docs(kind)
     rows = [["key", "default", "bounds", "what it sets"]]

@@ -112,8 +112,11 @@ class Trainer:
         with deferred_interrupt() as interrupted:
             while not self.is_done:
                 report = self._step()
-                stops = self.processes.leads and (self._log(report) or _stops(on_step, report))
-                stop = any(self.processes.gather(float(stops or interrupted())))
+                asked = interrupted()
+                if self.processes.leads:
+                    self._log(report)
+                    asked = _stops(on_step, report) or interrupted()
+                stop = any(self.processes.gather(float(asked)))
                 if stop or self.is_done or (self.config.save_every and self.step % self.config.save_every == 0):
                     self._save()
                 if stop:
