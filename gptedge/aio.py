@@ -75,6 +75,12 @@ class AsyncChat:
     def stream(self, text: str, **changes: Any) -> AsyncStream:
         return AsyncStream(lambda: self.chat.stream(text, **changes))
 
+    async def save_cache(self, path: str | Path) -> None:
+        await asyncio.to_thread(self.chat.save_cache, path)
+
+    async def load_cache(self, path: str | Path) -> None:
+        await asyncio.to_thread(self.chat.load_cache, path)
+
 
 class AsyncModel:
     """`Model`, awaited: `async with await AsyncModel.load(path) as model: await model.generate("…")`."""

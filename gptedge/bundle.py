@@ -9,6 +9,7 @@ verified.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -85,6 +86,19 @@ def verify(bundle: Bundle, *, names: Iterable[str] | None = None) -> None:
                 f"{bundle.path / name} is not the file that {MANIFEST} describes (sha256 differs); "
                 "make the bundle again"
             )
+
+
+def fingerprint(bundle: Bundle) -> str:
+    """A sha256 that tells this bundle from every other: of the manifest's hashes, or of the files' where there is none.
+
+    Without a manifest every graph, weight and tokenizer file is read.
+    """
+    if bundle.manifest is not None:
+        hashes = {name: entry["sha256"] for name, entry in bundle.manifest["files"].items()}
+    else:
+        files = [f for f in bundle.path.iterdir() if ".onnx" in f.name or f.name == TOKENIZER]
+        hashes = {f.name: sha256(f) for f in files}
+    return hashlib.sha256(json.dumps(sorted(hashes.items())).encode()).hexdigest()
 
 
 def write_manifest(

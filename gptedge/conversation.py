@@ -5,11 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptedge.config import SamplingParams
 from gptedge.errors import DataError, UsageError
 from gptedge.runtime.generate import Chunk, Result, Stream, chunks
+from gptedge.runtime.kv_file import load_cache, save_cache
 
 if TYPE_CHECKING:
     from gptedge.model import Model
@@ -81,6 +83,26 @@ class Chat:
         """Take over a conversation that `to_dict` gave. Raises DataError when it is not one."""
         self.messages = checked_messages(data.get("messages"))
 
+    def save_cache(self, path: str | Path) -> None:
+        """Write the conversation and its KV cache to one file, for `load_cache` of this bundle. Nothing is rounded.
+
+        It takes `KVCache.bytes_per_token` for each token held, and replaces the file there was only once it is whole.
+        """
+        self._check_idle()
+        with self._busy:
+            save_cache(Path(path), self._model.session, self._cache, {**self.to_dict(), "spoken": list(self._spoken)})
+
+    def load_cache(self, path: str | Path) -> None:
+        """Go on with the conversation that `save_cache` wrote, in the place of this one, without running it again.
+
+        Raises DataError when the file is not whole, or was saved with another bundle.
+        """
+        self._check_idle()
+        with self._busy:
+            cache, state = load_cache(Path(path), self._model.session)
+            messages, spoken = checked_messages(state.get("messages")), _checked_spoken(state.get("spoken"))
+            self.messages, self._cache, self._spoken = messages, cache, spoken
+
     @property
     def cached_tokens(self) -> int:
         """Tokens whose keys and values are kept."""
@@ -130,6 +152,13 @@ class Chat:
     def _take(self) -> None:
         if not self._busy.acquire(blocking=False):
             raise UsageError(_BUSY)
+
+
+def _checked_spoken(value: Any) -> tuple[str, list[int]]:
+    match value:
+        case [str(text), [*ids]] if all(type(i) is int for i in ids):
+            return text, ids
+    raise DataError("what was last said must be a text and its token ids")
 
 
 def checked_messages(value: Any) -> list[dict[str, str]]:

@@ -81,9 +81,24 @@ class Model:
 
         return Stream(make, on_end=lambda _: None)
 
-    def chat(self, *, system: str | None = None, params: SamplingParams | None = None, **changes: Any) -> Chat:
-        """A new conversation, with its own history and KV cache. `system` is the system message, if any."""
-        return Chat(self, system=system, params=sampling_params(params, changes))
+    def chat(
+        self,
+        *,
+        system: str | None = None,
+        cache: str | Path | None = None,
+        params: SamplingParams | None = None,
+        **changes: Any,
+    ) -> Chat:
+        """A new conversation, with its own history and KV cache. `system` is the system message, if any.
+
+        `cache` is a file of `Chat.save_cache` to go on from, system message included.
+        """
+        if cache is not None and system is not None:
+            raise UsageError("system and cache cannot both be given; a saved chat has its own system message")
+        chat = Chat(self, system=system, params=sampling_params(params, changes))
+        if cache is not None:
+            chat.load_cache(cache)
+        return chat
 
     @cached_property
     def chat_template(self) -> ChatTemplate:

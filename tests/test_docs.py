@@ -40,7 +40,10 @@ def test_commands_exist_with_their_flags(name: str, capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize("name", READMES)
-def test_python_runs(name: str, tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_python_runs(
+    name: str, tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     programs = blocks(name, "python")
     assert programs
     for program in programs:

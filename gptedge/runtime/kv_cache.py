@@ -10,7 +10,7 @@ Not thread-safe: a cache belongs to one conversation.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -65,10 +65,7 @@ class KVCache:
             return
         if n_tokens <= self.capacity:
             return
-        capacity = max(self.capacity, _FIRST_CAPACITY)
-        while capacity < n_tokens:
-            capacity *= 2
-        self._resize(max(n_tokens, min(capacity, limit)))
+        self._resize(self._room(n_tokens, limit))
 
     def take(self, presents: Sequence[Any]) -> None:
         """The tensors that a run gave for a growing cache, in the place of those it read."""
@@ -104,14 +101,31 @@ class KVCache:
             twin._resize(max(len(self), 1))
         return twin
 
-    def _resize(self, capacity: int) -> None:
-        """Fresh tensors of `capacity` that start with the tokens held."""
-        used, old = len(self), self.buffers
-        self.buffers = []
-        for i, (heads, width) in enumerate(self._layout.shapes):
+    def tensors(self) -> Iterator[npt.NDArray[Any]]:
+        """Copies of the keys and values of the tokens held, each [n_kv_head, tokens, head_dim]."""
+        for buffer in self.buffers:
+            yield np.ascontiguousarray(buffer.numpy()[0, :, : len(self)])
+
+    def fill(self, ids: Sequence[int], tensors: Iterable[npt.NDArray[Any]], limit: int) -> None:
+        """Hold `ids` and what `tensors` gave for them, in the place of what was held; `limit` as in `reserve`."""
+        self.capacity = 0
+        self._resize(self._room(len(ids) + 1, limit) if self._layout.shared else len(ids), tensors)
+        self.ids = list(ids)
+
+    def _room(self, n_tokens: int, limit: int) -> int:
+        capacity = max(self.capacity, _FIRST_CAPACITY)
+        while capacity < n_tokens:
+            capacity *= 2
+        return max(n_tokens, min(capacity, limit))
+
+    def _resize(self, capacity: int, tensors: Iterable[npt.NDArray[Any]] | None = None) -> None:
+        """Fresh tensors of `capacity` that start with the tokens held, or with `tensors`."""
+        held = iter(self.tensors() if tensors is None else tensors)
+        buffers = []
+        for heads, width in self._layout.shapes:
             # Zeros are mapped lazily: room that is never used costs no memory.
             fresh = np.zeros((1, heads, capacity, width), self._layout.dtype)
-            if old and used:
-                fresh[:, :, :used] = old[i].numpy()[:, :, :used]
-            self.buffers.append(self._ort.OrtValue.ortvalue_from_numpy(fresh, self._layout.device, 0))
-        self.capacity = capacity
+            if (old := next(held, None)) is not None:
+                fresh[0, :, : old.shape[1]] = old
+            buffers.append(self._ort.OrtValue.ortvalue_from_numpy(fresh, self._layout.device, 0))
+        self.buffers, self.capacity = buffers, capacity
