@@ -6,6 +6,7 @@ Both are flat, frozen and checked where they are made. Reading other projects' c
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -187,22 +188,26 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
-        else:
-            object.__setattr__(self, "stop", tuple(self.stop))
+        elif not isinstance(self.stop, Iterable):
+            raise UsageError(f"stop is {self.stop!r}; it must be strings")
+        object.__setattr__(self, "stop", tuple(self.stop))
         for name, low, high in _SAMPLING_BOUNDS:
             value = getattr(self, name)
-            if value is None and name in ("seed", "logprobs"):
-                continue
-            whole = name in _WHOLE
-            if (
-                isinstance(value, bool)
-                or not isinstance(value, int if whole else (int, float))
-                or not low <= value <= high
-            ):
-                kind = "a whole number" if whole else "a number"
-                raise UsageError(f"{name} is {value!r}; it must be {kind} from {low:g} to {high:g}")
+            if value is not None or name not in ("seed", "logprobs"):
+                _check_number(name, value, low, high, whole=name in _WHOLE)
         if any(not isinstance(s, str) or not s for s in self.stop):
             raise UsageError("stop has an empty string or something that is not a string; leave it out")
+        if not isinstance(self.logit_bias, Mapping):
+            raise UsageError(f"logit_bias is {self.logit_bias!r}; it must map token ids to numbers")
+        for token, bias in self.logit_bias.items():
+            _check_number("a token of logit_bias", token, 0, 2**31 - 1, whole=True)
+            _check_number(f"logit_bias of token {token}", bias, -1e6, 1e6)
+
+
+def _check_number(name: str, value: object, low: float, high: float, *, whole: bool = False) -> None:
+    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not low <= value <= high:
+        kind = "a whole number" if whole else "a number"
+        raise UsageError(f"{name} is {value!r}; it must be {kind} from {low:g} to {high:g}")
 
 
 _WHOLE = ("max_tokens", "top_k", "seed", "logprobs")

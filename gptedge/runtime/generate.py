@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from types import TracebackType
@@ -112,6 +113,8 @@ class _StopStrings:
 
     def __init__(self, stop: Sequence[str]) -> None:
         self._stop = stop
+        self._sorted = sorted(stop)
+        self._longest = max(map(len, stop), default=1) - 1
         self._held = ""
         self._met = False
 
@@ -122,7 +125,7 @@ class _StopStrings:
         self._held += text
         places = [at for at in (self._held.find(s) for s in self._stop) if at >= 0]
         self._met = bool(places)
-        cut = min(places) if places else len(self._held) - max(_overlap(self._held, s) for s in self._stop)
+        cut = min(places) if places else len(self._held) - self._overlap()
         shown, self._held = self._held[:cut], self._held[cut:]
         return shown, self._met
 
@@ -131,13 +134,14 @@ class _StopStrings:
         shown, met = self.feed(text)
         return shown if met else shown + self._held
 
+    def _overlap(self) -> int:
+        """Length of the longest end of the text held that begins a stop string."""
+        longest = min(len(self._held), self._longest)
+        return next((n for n in range(longest, 0, -1) if self._begins(self._held[-n:])), 0)
 
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`."""
-    for n in range(min(len(text), len(stop) - 1), 0, -1):
-        if text.endswith(stop[:n]):
-            return n
-    return 0
+    def _begins(self, text: str) -> bool:
+        at = bisect_left(self._sorted, text)  # what begins with it sorts right behind it
+        return at < len(self._sorted) and self._sorted[at].startswith(text)
 
 
 def chunks(

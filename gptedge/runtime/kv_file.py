@@ -110,9 +110,10 @@ def _identity(session: Session) -> dict[str, Any]:
 
 def _check_identity(path: Path, header: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     if any(header.get(key) != value for key, value in wanted.items()):
+        theirs, ours = (f"({h.get('recipe')}, {str(h.get('bundle'))[:12]})" for h in (header, wanted))
         raise DataError(
-            f"{path} was saved with another bundle ({header.get('recipe')}, {str(header.get('bundle'))[:12]}) than "
-            f"this one ({wanted['recipe']}, {wanted['bundle'][:12]}), whose keys and values differ; open it with that one"
+            f"{path} was saved with another bundle {theirs} than this one {ours}, whose keys and values differ; "
+            "open it with that one"
         )
 
 

@@ -94,6 +94,31 @@ def test_stop_strings_hold_back_only_what_may_be_one() -> None:
     assert t.finish("more") == ""
 
 
+def test_stop_strings_against_a_plain_search() -> None:
+    """Fed piece by piece, every text ends where the first stop string in the whole of it begins."""
+    rng = np.random.default_rng(0)
+    for _ in range(500):
+        stops = tuple("".join(rng.choice(list("ab"), rng.integers(1, 7))) for _ in range(rng.integers(1, 5)))
+        text = "".join(rng.choice(list("abc"), 40, p=[0.3, 0.3, 0.4]))
+        s, shown, met, at = _StopStrings(stops), "", False, 0
+        while at < len(text) and not met:
+            n = int(rng.integers(1, 4))
+            part, met = s.feed(text[at : at + n])
+            shown, at = shown + part, at + n
+        shown += s.finish("")
+        places = [p for p in (text[:at].find(stop) for stop in stops) if p >= 0]
+        assert met == bool(places)
+        assert shown == text[: min(places, default=len(text))]
+
+
+def test_a_thousand_stop_strings(model: gptedge.Model) -> None:
+    params = {"max_tokens": 40, "temperature": 1.0, "seed": 3}
+    text = model.generate("The", **params)
+    stops = [f"<{n}>" * 50 for n in range(999)]
+    assert model.generate("The", stop=[*stops, text[9:20]], **params) == text[: text.index(text[9:20])]
+    assert model.generate("The", stop=stops, **params) == text
+
+
 def test_cancel_from_another_thread_keeps_what_came(model: gptedge.Model) -> None:
     no_end = dict.fromkeys(model.bundle.eos_ids, -1e4)
     stream = model.stream("The", max_tokens=250, logit_bias=no_end)
