@@ -21,8 +21,8 @@ from threadpoolctl import threadpool_limits
 
 from gptedge.errors import ParityError
 from gptedge.export.stages import run_stages
-from gptedge.runtime.onnx_runtime import default_threads
 from gptedge.runtime.session import Session
+from gptedge.runtime.threads import default_threads
 from gptedge.safetensors import FloatArray
 
 TOLERANCE = {"fp32": 1e-3, "fp16": 2e-2}

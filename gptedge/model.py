@@ -25,7 +25,8 @@ from gptedge.tokenizer import Tokenizer
 def load(bundle: str | Path, *, threads: int | None = None, provider: str | None = None, verify: bool = True) -> Model:
     """Load a bundle folder.
 
-    threads: cores to compute on (default: those the process may use). provider: "cpu", "cuda", or None for the best.
+    threads: cores to compute on (default: the physical ones that the process may use).
+    provider: "cpu", "cuda", or None for the best.
     verify: compare every file with the manifest's sha256, which runs beside the loading.
     Raises BundleError when the folder is not a whole bundle, MissingExtraError without onnxruntime.
     """

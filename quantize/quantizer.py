@@ -30,7 +30,7 @@ from gptedge.quantize.recipes import Recipe, find_recipe
 from gptedge.quantize.rounding import Blocks, quantize_matrix
 from gptedge.quantize.smooth import Smoothing
 from gptedge.quantize.walk import Read, Walk
-from gptedge.runtime.onnx_runtime import default_threads
+from gptedge.runtime.threads import default_threads
 
 FLOAT_RECIPES = ("fp32", "fp16")
 _KEPT = (LORA,)

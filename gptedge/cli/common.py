@@ -18,7 +18,9 @@ from gptedge.progress import Report
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
-Threads = Annotated[int | None, typer.Option(help="Cores to compute on (default: all this process may use).")]
+Threads = Annotated[
+    int | None, typer.Option(help="Cores to compute on (default: the physical ones this process may use).")
+]
 Provider = Annotated[str | None, typer.Option(help="cpu or cuda (default: the best there is).")]
 SourceArgument = Annotated[
     Path,

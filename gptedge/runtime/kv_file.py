@@ -16,6 +16,7 @@ import json
 import mmap
 import struct
 from collections.abc import Mapping
+from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,8 @@ def save_cache(path: Path, session: Session, cache: KVCache, state: Mapping[str,
         work.touch(mode=0o600)
         with work.open("wb") as f:
             f.write(_MAGIC + bytes(digest.digest_size))
-            for part in (_LENGTH.pack(len(header)), header, *cache.tensors()):
+            tensors = (memoryview(t) for t in cache.tensors())
+            for part in chain([_LENGTH.pack(len(header)), header], tensors):
                 digest.update(part)
                 f.write(part)
             f.seek(_DIGEST.start)

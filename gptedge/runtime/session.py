@@ -28,8 +28,9 @@ from gptedge.graph_io import (
 )
 from gptedge.runtime.adapter import Adapter, read_adapter
 from gptedge.runtime.kv_cache import KVCache
-from gptedge.runtime.onnx_runtime import default_threads, device_of, import_onnxruntime, open_graph
+from gptedge.runtime.onnx_runtime import device_of, import_onnxruntime, open_graph, session_options
 from gptedge.runtime.signature import read_signature
+from gptedge.runtime.threads import default_threads
 
 PREFILL_CHUNK = 256
 """Tokens run at once while reading a prompt; bounds the memory that attention takes."""
@@ -63,9 +64,7 @@ class Session:
         self._describe()
 
     def _open(self, provider: str | None) -> tuple[Any, str]:
-        options = self._ort.SessionOptions()
-        options.intra_op_num_threads = self.threads
-        options.log_severity_level = 3
+        options = session_options(self._ort, self.threads)
         return open_graph(self._ort, self.bundle.path / GRAPH, options, provider)
 
     def _describe(self) -> None:
