@@ -184,6 +184,9 @@ class SamplingParams:
     """Generation ends before any of these strings appears; it is not part of the text."""
     logprobs: int | None = None
     """None: no log-probabilities. N: those of each chosen token and of the N likeliest alternatives."""
+    context_overflow: str = "error"
+    """When the context is full: `error` refuses a prompt, and ends a reply as `length`; `shift` leaves out the oldest
+    turns of a chat, its system message aside, or the oldest tokens of a plain text, and says how many."""
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -197,6 +200,9 @@ class SamplingParams:
                 _check_number(name, value, low, high, whole=name in _WHOLE)
         if any(not isinstance(s, str) or not s for s in self.stop):
             raise UsageError("stop has an empty string or something that is not a string; leave it out")
+        if self.context_overflow not in CONTEXT_OVERFLOW:
+            known = " or ".join(CONTEXT_OVERFLOW)
+            raise UsageError(f"context_overflow is {self.context_overflow!r}; it must be {known}")
         if not isinstance(self.logit_bias, Mapping):
             raise UsageError(f"logit_bias is {self.logit_bias!r}; it must map token ids to numbers")
         for token, bias in self.logit_bias.items():
@@ -210,6 +216,7 @@ def _check_number(name: str, value: object, low: float, high: float, *, whole: b
         raise UsageError(f"{name} is {value!r}; it must be {kind} from {low:g} to {high:g}")
 
 
+CONTEXT_OVERFLOW = ("error", "shift")
 _WHOLE = ("max_tokens", "top_k", "seed", "logprobs")
 _SAMPLING_BOUNDS: tuple[tuple[str, float, float], ...] = (
     ("max_tokens", 0, 2**31 - 1),

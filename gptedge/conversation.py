@@ -12,6 +12,7 @@ from gptedge.config import SamplingParams
 from gptedge.errors import DataError, UsageError
 from gptedge.runtime.generate import Chunk, Result, Stream, chunks
 from gptedge.runtime.kv_file import load_cache, save_cache
+from gptedge.turns import Turns
 
 if TYPE_CHECKING:
     from gptedge.model import Model
@@ -32,6 +33,8 @@ class Chat:
         self._cache = model.session.new_cache()
         self._busy = threading.Lock()
         self._spoken: tuple[str, list[int]] = ("", [])
+        self.dropped_messages = 0
+        """Oldest messages, the system message aside, that the model no longer sees: they did not fit its context."""
         self.params = params
         self.messages: list[dict[str, str]] = [] if system is None else [{"role": "system", "content": system}]
 
@@ -60,6 +63,7 @@ class Chat:
         if not -len(self.messages) <= index < len(self.messages):
             raise UsageError(f"there is no message {index}; the conversation has {len(self.messages)}")
         index %= len(self.messages)
+        self.dropped_messages = 0
         self.messages[index] = {**self.messages[index], "content": text}
         del self.messages[index + 1 :]
 
@@ -69,11 +73,13 @@ class Chat:
         with self._busy:
             twin = Chat(self._model, system=None, params=self.params)
             twin.messages, twin._cache, twin._spoken = deepcopy(self.messages), self._cache.copy(), self._spoken
+            twin.dropped_messages = self.dropped_messages
             return twin
 
     def clear(self) -> None:
         """Start over, keeping the system message."""
         self.messages = [m for m in self.messages[:1] if m["role"] == "system"]
+        self.dropped_messages = 0
 
     def to_dict(self) -> dict[str, Any]:
         """The conversation as JSON-ready data."""
@@ -82,6 +88,7 @@ class Chat:
     def load_dict(self, data: Mapping[str, Any]) -> None:
         """Take over a conversation that `to_dict` gave. Raises DataError when it is not one."""
         self.messages = checked_messages(data.get("messages"))
+        self.dropped_messages = 0
 
     def save_cache(self, path: str | Path) -> None:
         """Write the conversation and its KV cache to one file, for `load_cache` of this bundle. Nothing is rounded.
@@ -90,7 +97,8 @@ class Chat:
         """
         self._check_idle()
         with self._busy:
-            save_cache(Path(path), self._model.session, self._cache, {**self.to_dict(), "spoken": list(self._spoken)})
+            state = {**self.to_dict(), "dropped_messages": self.dropped_messages, "spoken": list(self._spoken)}
+            save_cache(Path(path), self._model.session, self._cache, state)
 
     def load_cache(self, path: str | Path) -> None:
         """Go on with the conversation that `save_cache` wrote, in the place of this one, without running it again.
@@ -99,9 +107,10 @@ class Chat:
         """
         self._check_idle()
         with self._busy:
-            cache, state = load_cache(Path(path), self._model.session)
+            cache, state = load_cache(Path(path), self._model.session, self._model.adapter)
             messages, spoken = checked_messages(state.get("messages")), _checked_spoken(state.get("spoken"))
             self.messages, self._cache, self._spoken = messages, cache, spoken
+            self.dropped_messages = state.get("dropped_messages", 0)  # Turns takes no other number than one that fits
 
     @property
     def cached_tokens(self) -> int:
@@ -125,22 +134,24 @@ class Chat:
     def _reply(self, messages: list[dict[str, str]], changes: dict[str, Any]) -> Stream:
         from gptedge.model import sampling_params
 
-        settings = sampling_params(self.params, changes)
-        text = self._model.chat_prompt.render(messages)
-        ids = self._model.checked_prompt(self._encode(text))
+        model, settings = self._model, sampling_params(self.params, changes)
+        dropped = self.dropped_messages if settings.context_overflow == "shift" else 0
+        turns = Turns(messages, dropped, model.chat_prompt.render, self._encode)
+        window = model.window(turns.ids, settings, turns)
         self._check_idle()
-        adapter = self._model.adapter
+        adapter = model.adapter
 
         def make(cancelled: threading.Event) -> Iterator[Chunk]:
             self._take()  # only now: a stream that is never read must not block the chat
             self._cache.use(adapter)
-            return chunks(self._model.session, self._model.tokenizer, self._cache, ids, settings, cancelled)
+            return chunks(model.session, model.tokenizer, self._cache, window, settings, cancelled)
 
         def end(result: Result | None) -> None:
             if result is not None and result.token_ids:
                 self.messages = [*messages, {"role": "assistant", "content": result.text}]
-                reply = self._model.tokenizer.decode(result.token_ids, skip_special_tokens=False)
-                self._spoken = (text + reply, [*ids, *result.token_ids])
+                self.dropped_messages = turns.dropped
+                reply = model.tokenizer.decode(result.token_ids, skip_special_tokens=False)
+                self._spoken = (turns.text + reply, [*turns.ids, *result.token_ids])
             self._busy.release()
 
         return Stream(make, end)

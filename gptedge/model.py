@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from threading import Event
 from types import TracebackType
-from typing import Any
+from typing import Any, overload
 
 from gptedge.bundle import Bundle, open_bundle
 from gptedge.chat_prompt import ChatPrompt
@@ -17,6 +17,8 @@ from gptedge.config import SamplingParams
 from gptedge.conversation import Chat
 from gptedge.errors import UsageError
 from gptedge.runtime.adapter import Adapter
+from gptedge.runtime.batch import BATCH_SIZE, generate_batch
+from gptedge.runtime.context import PlainText, Shortener, Window
 from gptedge.runtime.generate import Chunk, Result, Stream, chunks
 from gptedge.runtime.session import Session
 from gptedge.tokenizer import Tokenizer
@@ -54,16 +56,42 @@ class Model:
         """
         return self.session.load_adapter(Path(path))
 
-    def generate(self, prompt: str, params: SamplingParams | None = None, **changes: Any) -> str:
-        """The text that follows `prompt`. Settings are those of SamplingParams, whole or by name."""
-        return self.run(prompt, params, **changes).text
+    @overload
+    def generate(self, prompt: str, params: SamplingParams | None = None, **changes: Any) -> str: ...
+    @overload
+    def generate(self, prompt: Sequence[str], params: SamplingParams | None = None, **changes: Any) -> list[str]: ...
+    def generate(self, prompt: str | Sequence[str], params: SamplingParams | None = None, **changes: Any) -> Any:
+        """The text that follows `prompt`; of a list, those that follow each, generated together.
 
-    def run(self, prompt: str, params: SamplingParams | None = None, **changes: Any) -> Result:
+        Settings are those of SamplingParams, whole or by name; `batch_size` is how many texts run at once.
+        """
+        if isinstance(prompt, str):
+            return self.run(prompt, params, **changes).text
+        return [result.text for result in self.run(prompt, params, **changes)]
+
+    @overload
+    def run(self, prompt: str, params: SamplingParams | None = None, **changes: Any) -> Result: ...
+    @overload
+    def run(self, prompt: Sequence[str], params: SamplingParams | None = None, **changes: Any) -> list[Result]: ...
+    def run(
+        self,
+        prompt: str | Sequence[str],
+        params: SamplingParams | None = None,
+        *,
+        batch_size: int = BATCH_SIZE,
+        **changes: Any,
+    ) -> Any:
         """Like `generate`, with token ids, finish reason, usage and timings."""
-        with self.stream(prompt, params, **changes) as stream:
-            for _ in stream:
-                pass
-        return stream.result
+        if batch_size < 1:
+            raise UsageError(f"batch_size is {batch_size}; it must be at least 1")
+        if isinstance(prompt, str):
+            with self.stream(prompt, params, **changes) as stream:
+                for _ in stream:
+                    pass
+            return stream.result
+        settings = sampling_params(params, changes)
+        windows = [self.window(self.tokenizer.encode(p, add_special_tokens=True), settings) for p in prompt]
+        return generate_batch(self.session, self.tokenizer, windows, settings, batch_size, self.adapter)
 
     def stream(self, prompt: str, params: SamplingParams | None = None, **changes: Any) -> Stream:
         """The text that follows `prompt`, chunk by chunk. Raises ContextOverflowError when the prompt does not fit."""
@@ -73,12 +101,12 @@ class Model:
     def stream_ids(self, prompt: Sequence[int], params: SamplingParams | None = None, **changes: Any) -> Stream:
         """Like `stream`, of token ids."""
         settings = sampling_params(params, changes)
-        ids, adapter = self.checked_prompt(prompt), self.adapter
+        window, adapter = self.window(prompt, settings), self.adapter
 
         def make(cancelled: Event) -> Iterator[Chunk]:
             cache = self.session.new_cache()
             cache.use(adapter)
-            return chunks(self.session, self.tokenizer, cache, ids, settings, cancelled)
+            return chunks(self.session, self.tokenizer, cache, window, settings, cancelled)
 
         return Stream(make, on_end=lambda _: None)
 
@@ -115,8 +143,12 @@ class Model:
         """Most tokens of a prompt and its reply together."""
         return self.session.context_length
 
-    def checked_prompt(self, ids: Sequence[int]) -> list[int]:
-        """Token ids that can be run: an empty prompt becomes the beginning-of-text token, where there is one."""
+    def window(self, ids: Sequence[int], params: SamplingParams, shortener: Shortener | None = None) -> Window:
+        """A prompt that can be run: `ids`, or the beginning-of-text token where they are none.
+
+        With context_overflow "shift", `shortener` says what goes where it does not fit; without one, the oldest tokens
+        do. Raises ContextOverflowError when no room is left for a token of the reply.
+        """
         ids = list(ids)
         if not ids:
             if self.tokenizer.bos_id is None:
@@ -125,8 +157,17 @@ class Model:
         bad = next((i for i in ids if not 0 <= i < self.session.vocab_size), None)
         if bad is not None:
             raise UsageError(f"token id {bad} is outside the vocabulary of {self.session.vocab_size}")
-        self.session.check_fits(len(ids))
-        return ids
+        if params.context_overflow == "error":
+            shortener = None
+        elif shortener is None:
+            shortener = PlainText(ids, keep=int(ids[0] == self.tokenizer.bos_id))
+        window = Window(ids, self.context_length, shortener)
+        self.session.check_fits(len(window.ids))
+        return window
+
+    def checked_prompt(self, ids: Sequence[int]) -> list[int]:
+        """`window` of a prompt that must fit as it is."""
+        return self.window(ids, SamplingParams()).ids
 
     def close(self) -> None:
         """Give the memory back. Streams under way end with BundleError."""

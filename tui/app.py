@@ -21,7 +21,7 @@ from textual.widgets import Label
 from gptedge.config import SamplingParams
 from gptedge.errors import GptEdgeError
 from gptedge.tui import colours
-from gptedge.tui.common import CONTINUATION, changes_to_regenerate, one_line
+from gptedge.tui.common import CONTINUATION, changes_to_regenerate, dropped, one_line
 from gptedge.tui.composer import Composer
 from gptedge.tui.replies import BATCH_SECONDS, Ended, Loaded, Loader, LoadFailed, Reply, TextCame, join_all
 from gptedge.tui.status import Facts, Status
@@ -209,6 +209,8 @@ class ChatApp(App[BaseException]):
             await self._replaced.remove()
         used = result.usage.prompt_tokens + result.usage.completion_tokens
         times = result.timings
+        if notice := dropped(result):
+            await self.transcript.add(Note(notice))
         self.status.set(used_tokens=used, tokens_per_s=times.decode_tokens_per_s, ttft_ms=times.ttft_ms)
 
     async def _take_back(self, reply: Reply, shown: AssistantMessage) -> None:

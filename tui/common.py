@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from gptedge.errors import GptEdgeError
 
 if TYPE_CHECKING:
-    from gptedge import SamplingParams
+    from gptedge import Result, SamplingParams
 
 CONTINUATION = "This model was not taught to chat: it continues your text."
 REGENERATE_TEMPERATURE = 0.7
@@ -16,6 +16,12 @@ REGENERATE_TEMPERATURE = 0.7
 def changes_to_regenerate(params: SamplingParams) -> dict[str, float]:
     """Sampling parameters for another reply to the same question: greedy decoding would give the same one again."""
     return {"temperature": REGENERATE_TEMPERATURE} if params.temperature == 0 else {}
+
+
+def dropped(result: Result) -> str:
+    """What to say of a reply for which the context was full; nothing of others."""
+    n = result.usage.dropped_tokens
+    return f"the context was full; the model no longer sees the oldest {n} tokens" if n else ""
 
 
 def one_line(problem: Exception | str) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from gptedge.errors import DataError, GptEdgeError
 from gptedge.text import decode_utf8
-from gptedge.tui.common import CONTINUATION, changes_to_regenerate, one_line
+from gptedge.tui.common import CONTINUATION, changes_to_regenerate, dropped, one_line
 from gptedge.tui.store import ChatFile
 
 if TYPE_CHECKING:
@@ -90,6 +90,8 @@ class Repl:
             self._save()
         self._write("\n")
         self.results.append(stream.result)
+        if problem := dropped(stream.result):
+            _say(f"[{problem}]")
         if stream.result.finish_reason == "cancelled" and self.interactive:
             _say("[stopped]")
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gptedge.cli.common import (
+    ContextOverflow,
     Json,
     MaxTokens,
     MinP,
@@ -46,6 +47,7 @@ def command(
     min_p: MinP = _D.min_p,
     repetition_penalty: RepetitionPenalty = _D.repetition_penalty,
     seed: Seed = _D.seed,
+    context_overflow: ContextOverflow = _D.context_overflow,
     threads: Threads = None,
     provider: Provider = None,
     as_json: Json = False,
@@ -59,6 +61,7 @@ def command(
         min_p=min_p,
         repetition_penalty=repetition_penalty,
         seed=seed,
+        context_overflow=context_overflow,
     )
     saved = _saved() if resume else None
     folder = _bundle(bundle, saved)

@@ -35,6 +35,9 @@ TopK = Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps al
 TopP = Annotated[float, typer.Option(help="Nucleus sampling.")]
 MinP = Annotated[float, typer.Option(help="Least likelihood relative to the likeliest token.")]
 RepetitionPenalty = Annotated[float, typer.Option(help="Above 1 discourages repeating.")]
+ContextOverflow = Annotated[
+    str, typer.Option(metavar="error|shift", help="When the context is full: fail, or leave out what is oldest.")
+]
 Seed = Annotated[int | None, typer.Option(help="Same seed, same text.")]
 
 
@@ -50,6 +53,11 @@ def emit(value: Mapping[str, Any], *, as_json: bool, lines: Iterable[str]) -> No
     else:
         for line in lines:
             print(line)
+
+
+def say_dropped(n_tokens: int) -> None:
+    if n_tokens:
+        say(f"gptedge: the context was full; the oldest {n_tokens} tokens were left out")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -11,6 +11,7 @@ import typer
 
 from gptedge.cli.common import (
     BundleArgument,
+    ContextOverflow,
     Json,
     MaxTokens,
     MinP,
@@ -21,6 +22,7 @@ from gptedge.cli.common import (
     Threads,
     TopK,
     TopP,
+    say_dropped,
 )
 from gptedge.config import SamplingParams
 from gptedge.errors import UsageError
@@ -46,6 +48,7 @@ def command(
     adapter: Annotated[
         Path | None, typer.Option(help="A LoRA adapter for this bundle, a file that gptedge adapter made.")
     ] = None,
+    context_overflow: ContextOverflow = _D.context_overflow,
     chat: Annotated[
         bool, typer.Option("--chat", help="The prompt is a user's message: use the chat template.")
     ] = False,
@@ -64,6 +67,7 @@ def command(
         repetition_penalty=repetition_penalty,
         seed=seed,
         stop=tuple(stop or ()),
+        context_overflow=context_overflow,
     )
     if system is not None and not chat:
         raise UsageError("--system needs --chat: without a chat template there is no place for a system message")
@@ -76,6 +80,7 @@ def command(
         load_ms = round((time.perf_counter() - start) * 1000, 2)
         stream = model.chat(system=system).stream(text, **vars(params)) if chat else model.stream(text, params)
         _print_json(stream, load_ms, model.session.provider) if as_json else _print_text(stream)
+        say_dropped(stream.result.usage.dropped_tokens)
 
 
 def _prompt(argument: str | None) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gptedge.cli.common import BundleArgument, Json, Provider, Threads, needs, say
+from gptedge.cli.common import BundleArgument, ContextOverflow, Json, Provider, Threads, needs, say
 from gptedge.errors import EXIT_INTERRUPTED
 from gptedge.serve.settings import ServerSettings, read_api_key
 
@@ -28,6 +28,7 @@ def command(
         list[str] | None, typer.Option(help="Web pages from this origin may connect; may be given several times.")
     ] = None,
     slots: Annotated[int, typer.Option(help="Replies at once, and conversations kept in memory.")] = _D.slots,
+    context_overflow: ContextOverflow = _D.context_overflow,
     log_requests: Annotated[bool, typer.Option("--log-requests", help="A line per request on stderr.")] = False,
     threads: Threads = None,
     provider: Provider = None,
@@ -40,6 +41,7 @@ def command(
         api_key=None if api_key_file is None else read_api_key(api_key_file),
         cors_origins=tuple(cors_origin or ()),
         slots=slots,
+        context_overflow=context_overflow,
         log_requests=log_requests,
     )
     with needs("serve"):

@@ -9,13 +9,14 @@ from __future__ import annotations
 import threading
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Literal
 
 from gptedge.config import SamplingParams
 from gptedge.errors import UsageError
+from gptedge.runtime.context import Window
 from gptedge.runtime.kv_cache import KVCache
 from gptedge.runtime.sampling import Sampler, TokenLogprob, logprob_of
 from gptedge.runtime.session import Session
@@ -28,6 +29,8 @@ FinishReason = Literal["stop", "length", "cancelled"]
 class Usage:
     prompt_tokens: int
     completion_tokens: int
+    dropped_tokens: int = 0
+    """Oldest tokens that were left out during this reply because the context was full."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class Result:
 
 
 @dataclass
-class _Clock:
+class Clock:
     """Times of one generation, from which Timings are made."""
 
     prompt_tokens: int
@@ -91,14 +94,19 @@ class _Clock:
 
 
 def steps(
-    session: Session, cache: KVCache, prompt: Sequence[int], params: SamplingParams, cancelled: threading.Event
+    session: Session,
+    cache: KVCache,
+    prompt: Sequence[int],
+    params: SamplingParams,
+    cancelled: threading.Event,
+    sampler: Sampler | None = None,
 ) -> Iterator[tuple[int, TokenLogprob | None]]:
     """Token ids, one by one, until `max_tokens` of them, or cancelled, or the caller stops asking.
 
     `cache` holds a proper prefix of `prompt`, which is not run again. A token is run only when the next is asked for.
     """
     logits = session.prefill(prompt[len(cache) :], cache, stop=cancelled)
-    sampler = Sampler(params, prompt, session.vocab_size)
+    sampler = sampler or Sampler(params, prompt, session.vocab_size)
     for done in range(params.max_tokens):
         if logits is None or cancelled.is_set():
             return
@@ -144,34 +152,64 @@ class _StopStrings:
         return at < len(self._sorted) and self._sorted[at].startswith(text)
 
 
+def _steps_within(
+    session: Session, cache: KVCache, window: Window, params: SamplingParams, cancelled: threading.Event
+) -> Iterator[tuple[int, TokenLogprob | None]]:
+    """`steps` that go on, where the window can be shifted, when the context is full."""
+    sampler = Sampler(params, window.ids, session.vocab_size)
+    generated: list[int] = []
+    while params.max_tokens:
+        part = replace(params, max_tokens=min(params.max_tokens - len(generated), window.room))
+        for token, logprob in steps(session, cache, window.ids, part, cancelled, sampler):
+            generated.append(token)
+            yield token, logprob
+        if len(generated) == params.max_tokens or cancelled.is_set() or not window.shift(generated):
+            return
+        cache.keep_common_prefix(window.ids[:-1])
+
+
 def chunks(
     session: Session,
     tokenizer: Tokenizer,
     cache: KVCache,
-    prompt: Sequence[int],
+    window: Window,
     params: SamplingParams,
     cancelled: threading.Event,
 ) -> Iterator[Chunk]:
-    """A reply to `prompt` as text in whole characters; the last chunk says how it ended.
+    """A reply to the prompt in `window` as text in whole characters; the last chunk says how it ended.
 
     The cache may hold anything: its longest prefix in common with the prompt is used. The prompt must fit the context.
     """
     # The last prompt token is always run: its logits are not kept in the cache.
-    clock = _Clock(len(prompt), cached_tokens=cache.keep_common_prefix(prompt[:-1]))
-    params = replace(params, max_tokens=min(params.max_tokens, session.context_length - len(prompt)))
-    decoder, stops = tokenizer.decode_stream(), _StopStrings(params.stop)
-    reason: FinishReason | None = None
-    tokens = steps(session, cache, prompt, params, cancelled) if params.max_tokens else iter(())
-    for token, logprob in tokens:
+    clock = Clock(len(window.ids), cached_tokens=cache.keep_common_prefix(window.ids[:-1]))
+    writer = Writer(tokenizer, params, session.bundle.eos_ids)
+    for token, logprob in _steps_within(session, cache, window, params, cancelled):
         clock.tick()
-        text, met = stops.feed(decoder.step(token))
-        yield Chunk(text, (token,), None if logprob is None else (logprob,))
-        if met or token in session.bundle.eos_ids:
-            reason = "stop"
+        yield writer.write(token, logprob)
+        if writer.stopped:
             break
-    rest = stops.finish(decoder.flush())
-    reason = reason or ("length" if clock.generated >= params.max_tokens else "cancelled")
-    yield Chunk(rest, finish_reason=reason, usage=Usage(len(prompt), clock.generated), timings=clock.timings())
+    was_cut = cancelled.is_set() and clock.generated < params.max_tokens
+    usage = Usage(clock.prompt_tokens, clock.generated, window.dropped)
+    yield writer.end("cancelled" if was_cut else "length", usage, clock.timings())
+
+
+class Writer:
+    """Turns the tokens of one reply into chunks of text, and notices where it ends."""
+
+    def __init__(self, tokenizer: Tokenizer, params: SamplingParams, eos_ids: Collection[int]) -> None:
+        self._decoder, self._stops, self._eos_ids = tokenizer.decode_stream(), _StopStrings(params.stop), eos_ids
+        self.stopped = False
+        """The last token ended the text, or completed a stop string."""
+
+    def write(self, token: int, logprob: TokenLogprob | None) -> Chunk:
+        text, met = self._stops.feed(self._decoder.step(token))
+        self.stopped = met or token in self._eos_ids
+        return Chunk(text, (token,), None if logprob is None else (logprob,))
+
+    def end(self, reason: FinishReason, usage: Usage, timings: Timings) -> Chunk:
+        """The last chunk; `reason` is why it ends where it did not stop by itself."""
+        rest = self._stops.finish(self._decoder.flush())
+        return Chunk(rest, finish_reason="stop" if self.stopped else reason, usage=usage, timings=timings)
 
 
 class Stream:

@@ -36,6 +36,14 @@ class CacheLayout:
     """Where the tensors lie, by onnxruntime's name: cpu or cuda."""
 
 
+def room_for(n_tokens: int, limit: int) -> int:
+    """How many tokens to make room for where `n_tokens` must fit, and no more than `limit` ever come."""
+    capacity = _FIRST_CAPACITY
+    while capacity < n_tokens:
+        capacity *= 2
+    return max(n_tokens, min(capacity, limit))
+
+
 class KVCache:
     """Keys and values of `ids`, the tokens that have been run, per layer [1, n_kv_head, capacity, head_dim]."""
 
@@ -65,7 +73,7 @@ class KVCache:
             return
         if n_tokens <= self.capacity:
             return
-        self._resize(self._room(n_tokens, limit))
+        self._resize(room_for(n_tokens, limit))
 
     def take(self, presents: Sequence[Any]) -> None:
         """The tensors that a run gave for a growing cache, in the place of those it read."""
@@ -108,15 +116,13 @@ class KVCache:
 
     def fill(self, ids: Sequence[int], tensors: Iterable[npt.NDArray[Any]], limit: int) -> None:
         """Hold `ids` and what `tensors` gave for them, in the place of what was held; `limit` as in `reserve`."""
-        self.capacity = 0
-        self._resize(self._room(len(ids) + 1, limit) if self._layout.shared else len(ids), tensors)
+        self._resize(room_for(len(ids) + 1, limit) if self._layout.shared else len(ids), tensors)
         self.ids = list(ids)
 
-    def _room(self, n_tokens: int, limit: int) -> int:
-        capacity = max(self.capacity, _FIRST_CAPACITY)
-        while capacity < n_tokens:
-            capacity *= 2
-        return max(n_tokens, min(capacity, limit))
+    def write_to(self, arrays: Sequence[npt.NDArray[Any]]) -> None:
+        """Keep keys and values in `arrays` from now on, each [B, n_kv_head, capacity, head_dim] in the CPU's memory."""
+        self.buffers = [self._ort.OrtValue.ortvalue_from_numpy(array, "cpu", 0) for array in arrays]
+        self.capacity = arrays[0].shape[2]
 
     def _resize(self, capacity: int, tensors: Iterable[npt.NDArray[Any]] | None = None) -> None:
         """Fresh tensors of `capacity` that start with the tokens held, or with `tensors`."""

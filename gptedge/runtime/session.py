@@ -93,7 +93,7 @@ class Session:
         if n_tokens >= self.context_length:
             raise ContextOverflowError(
                 f"the prompt has {n_tokens} tokens and the model's context holds {self.context_length}, "
-                "the reply included; shorten the prompt"
+                "the reply included; shorten the prompt, or let the oldest go with context_overflow shift"
             )
 
     def prefill(self, ids: Sequence[int], cache: KVCache, *, stop: threading.Event | None = None) -> Logits | None:
@@ -117,6 +117,21 @@ class Session:
             logits = self._run(np.asarray([ids], np.int64), past, total, cache, every_row)
             cache.ids.extend(int(i) for i in ids)
         return logits
+
+    def run_rows(self, ids: Sequence[int], lengths: Sequence[int], rows: KVCache) -> Logits:
+        """Append a token to each of several texts, whose buffers lie side by side in `rows` and hold `lengths` tokens.
+
+        Logits float32 [len(ids), vocab_size]. `rows` must be of the shared kind, with room for a token more.
+        """
+        feeds = {
+            INPUT_IDS: np.asarray(ids, np.int64)[:, None],
+            ATTENTION_MASK: (np.arange(max(lengths) + 1) <= np.asarray(lengths)[:, None]).astype(np.int64),
+        }
+        if self.signature.takes_positions:
+            feeds[POSITION_IDS] = np.asarray(lengths, np.int64)[:, None]
+        with self.lock:
+            logits = self._call(feeds, (len(ids), 1, self.vocab_size), rows)
+        return np.asarray(logits[:, 0], np.float32)
 
     def _run(self, ids: npt.NDArray[np.int64], past: int, total: int, cache: KVCache, every_row: bool) -> Logits:
         last_row_only = self.signature.picks_rows and not every_row

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,8 +18,10 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
+from gptedge.config import SamplingParams
 from gptedge.errors import GptEdgeError
 from gptedge.model import Model
+from gptedge.runtime.context import Window
 from gptedge.runtime.generate import Chunk, join
 from gptedge.runtime.sampling import TokenLogprob
 from gptedge.serve.engine import Engine, Reply
@@ -37,6 +40,7 @@ from gptedge.serve.transport import (
     json_response,
     read_body,
 )
+from gptedge.turns import Turns
 
 _log = logging.getLogger("gptedge.serve")
 
@@ -47,7 +51,7 @@ Parse = Callable[[dict[str, Any], int], Job]
 
 def build_app(engine: Engine, settings: ServerSettings) -> ASGIApp:
     """The whole application: routes, then the guard, then CORS where it is asked for."""
-    app: ASGIApp = Guard(_routes(_Api(engine)), settings)
+    app: ASGIApp = Guard(_routes(_Api(engine, settings.context_overflow)), settings)
     if settings.cors_origins:
         app = CORSMiddleware(
             app, allow_origins=settings.cors_origins, allow_methods=("GET", "POST"), allow_headers=("*",)
@@ -101,8 +105,8 @@ async def _no_route(request: Request, error: Exception) -> Response:
 
 
 class _Api:
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, engine: Engine, context_overflow: str) -> None:
+        self._engine, self._overflow = engine, context_overflow
         model = engine.model
         self._name = model_name(model)
         self._source = Source(self._name, model.tokenizer, model.session.bundle.eos_ids)
@@ -128,8 +132,9 @@ class _Api:
         check_model(body, self._name)
         model = self._engine.model
         job = parse(body, model.session.vocab_size)
-        ids = await asyncio.to_thread(prompt_ids, model, job)  # tokenizing a long text would hold the loop up
-        reply = self._engine.start(ids, job.params)
+        # Tokenizing a long text would hold the loop up.
+        params = replace(job.params, context_overflow=self._overflow)
+        reply = self._engine.start(await asyncio.to_thread(window_of, model, job, params), params)
         answer = make_answer(self._source)
         if job.stream:
             return EventStream(_events(reply, answer, job.include_usage), reply.cancel)
@@ -183,13 +188,14 @@ def model_name(model: Model) -> str:
     return model.bundle.path.resolve().name
 
 
-def prompt_ids(model: Model, job: Job) -> list[int]:
-    """Token ids of the prompt. Raises ApiError when the model cannot take it."""
+def window_of(model: Model, job: Job, params: SamplingParams) -> Window:
+    """The prompt, as far as the context holds it. Raises ApiError when the model cannot take it."""
     try:
         if job.messages is not None:
-            return model.checked_prompt(model.chat().prompt_ids(job.messages))
-        if isinstance(job.prompt, str):
-            return model.checked_prompt(model.tokenizer.encode(job.prompt, add_special_tokens=True))
-        return model.checked_prompt(job.prompt or ())
+            turns = Turns(job.messages, 0, model.chat_prompt.render, model.chat_prompt.encode)
+            return model.window(turns.ids, params, turns)
+        prompt = job.prompt or ()
+        ids = model.tokenizer.encode(prompt, add_special_tokens=True) if isinstance(prompt, str) else prompt
+        return model.window(ids, params)
     except GptEdgeError as e:
         raise about_prompt(e, "prompt" if job.messages is None else "messages") from None

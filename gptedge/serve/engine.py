@@ -1,6 +1,6 @@
 """Replies computed in worker threads and read on the event loop.
 
-    start(ids) ─▶ waits for one of `slots` threads ─▶ borrows a KV cache ─▶ chunks … ─▶ async for chunk in reply
+    start(window) ─▶ waits for one of `slots` threads ─▶ borrows a KV cache ─▶ chunks … ─▶ async for chunk in reply
 
 Running replies share the model, whose lock lets them take turns token by token. A worker never waits for a client: what
 a slow one has not read stays in the reply's queue, so that it holds no slot. Methods are for the event loop's thread.
@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 
 from gptedge.config import SamplingParams
 from gptedge.model import Model
+from gptedge.runtime.context import Window
 from gptedge.runtime.generate import Chunk, chunks
 from gptedge.serve.cache_pool import CachePool
 from gptedge.serve.errors import busy, closing
@@ -73,19 +74,19 @@ class Engine:
         if sum(not future.done() for future in self._active) >= self._limit:
             raise busy(self._max_waiting)
 
-    def start(self, prompt: Sequence[int], params: SamplingParams) -> Reply:
-        """Queue a reply to `prompt`, token ids that `Model.checked_prompt` has passed."""
+    def start(self, window: Window, params: SamplingParams) -> Reply:
+        """Queue a reply to what `Model.window` gave."""
         self.check_open()
         reply = Reply()
-        future = self._workers.submit(self._work, reply, prompt, params)
+        future = self._workers.submit(self._work, reply, window, params)
         self._active = {f: r for f, r in self._active.items() if not f.done()} | {future: reply}
         reply.follow(future)
         return reply
 
-    def _work(self, reply: Reply, prompt: Sequence[int], params: SamplingParams) -> None:
+    def _work(self, reply: Reply, window: Window, params: SamplingParams) -> None:
         model = self.model
-        with self._pool.borrow(prompt) as cache:
-            for chunk in chunks(model.session, model.tokenizer, cache, prompt, params, reply.cancelled):
+        with self._pool.borrow(window.ids) as cache:
+            for chunk in chunks(model.session, model.tokenizer, cache, window, params, reply.cancelled):
                 reply.put(chunk)
 
     def close(self) -> None:

@@ -176,8 +176,13 @@ def usage_of(usage: Usage, timings: Timings | None) -> Json:
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": timings.cached_tokens if timings else 0},
+        "prompt_tokens_details": {"cached_tokens": timings.cached_tokens if timings else 0, **_dropped(usage)},
     }
+
+
+def _dropped(usage: Usage) -> Json:
+    """An entry of ours, where a full context left something out."""
+    return {"dropped_tokens": usage.dropped_tokens} if usage.dropped_tokens else {}
 
 
 def model_object(name: str, created: int) -> Json:

@@ -6,6 +6,7 @@ import ipaddress
 from dataclasses import dataclass
 from pathlib import Path
 
+from gptedge.config import SamplingParams
 from gptedge.errors import DataError, UsageError
 
 MAX_BODY_BYTES = 4 * 2**20
@@ -29,6 +30,8 @@ class ServerSettings:
     """Replies computed at once, and KV caches kept: each takes up to `context_length` tokens of memory."""
     max_waiting: int = 64
     """Requests that may wait for a slot; more are refused with 429."""
+    context_overflow: str = SamplingParams().context_overflow
+    """What is done where a prompt no longer fits the context, or its reply; requests cannot say."""
     log_requests: bool = False
     """One line per request on stderr, without what was said."""
 
@@ -37,6 +40,7 @@ class ServerSettings:
             value = getattr(self, name)
             if not low <= value <= high:
                 raise UsageError(f"{name} is {value}; it must be from {low} to {high}")
+        SamplingParams(context_overflow=self.context_overflow)  # which checks it
 
     @property
     def is_loopback(self) -> bool:

@@ -105,11 +105,23 @@ def test_quantize_eval_and_gates(
 def test_generate_json(capsys: pytest.CaptureFixture[str], tiny_bundle: Path) -> None:
     got = run_json(capsys, "generate", tiny_bundle, "The quick", "--max-tokens", "5")
     assert set(got) >= {"text", "token_ids", "finish_reason", "usage", "timings"}
-    assert set(got["usage"]) == {"prompt_tokens", "completion_tokens"}
+    assert set(got["usage"]) == {"prompt_tokens", "completion_tokens", "dropped_tokens"}
     assert set(got["timings"]) >= {"load_ms", "ttft_ms", "prefill_tokens_per_s", "decode_tokens_per_s"}
     assert len(got["token_ids"]) == got["usage"]["completion_tokens"]
     chat = run_json(capsys, "generate", tiny_bundle, "The quick", "--max-tokens", "5", "--chat", "--system", "S")
     assert chat["usage"]["prompt_tokens"] > got["usage"]["prompt_tokens"]
+
+
+def test_generate_with_a_full_context(capsys: pytest.CaptureFixture[str], tiny_bundle: Path) -> None:
+    long = ("generate", tiny_bundle, "word " * 500, "--max-tokens", "5")
+    code, out, err = run(capsys, *long)
+    assert (code, out) == (1, "")
+    assert "context holds 300" in err
+    code, out, err = run(capsys, *long, "--context-overflow", "shift", "--json")
+    usage = json.loads(out)["usage"]
+    assert (code, usage["prompt_tokens"]) == (0, 150)
+    assert f"the oldest {usage['dropped_tokens']} tokens were left out" in err
+    assert run(capsys, *long, "--context-overflow", "ignore")[0] == 2
 
 
 def test_generate_reads_a_pipe(

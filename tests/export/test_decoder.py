@@ -16,6 +16,7 @@ from gptedge.checkpoint import TOKENIZER, open_checkpoint
 from gptedge.export.exporter import export
 from gptedge.families import FAMILIES, family_of
 from gptedge.quantize.quantizer import quantize
+from gptedge.runtime.batch import Rows
 from gptedge.runtime.session import Session
 from gptedge.train.model import GPT, Cache
 from tests.conftest import make_tokenizer
@@ -262,6 +263,21 @@ def test_greedy_tokens(pair: tuple[torch.nn.Module, Path, Path]) -> None:
         torch.tensor([ids]), max_new_tokens=64, min_new_tokens=64, do_sample=False, eos_token_id=None
     )
     assert ours == theirs[0, len(ids) :].tolist()
+
+
+def test_rows_of_a_batch_are_as_alone(pair: tuple[torch.nn.Module, Path, Path]) -> None:
+    """Rows of different lengths, windows and learned positions included, one of which leaves."""
+    session = Session(open_bundle(pair[2]), threads=1)
+    prompts = [ids_of(n, seed=n) for n in (70, 9, 33)]
+    rows, alone = Rows(session, 3), [session.new_cache() for _ in prompts]
+    for row, (ids, cache) in enumerate(zip(prompts, alone, strict=True)):
+        session.prefill(ids, rows.reserve(row, len(ids)))
+        session.prefill(ids, cache)
+    for ids in ([0, 5, 7], [1, 5, 9], [4, 4, 4]):
+        each = [session.run([t], cache) for t, cache in zip(ids, alone, strict=True)]
+        assert_close(rows.run(ids), np.concatenate(each))
+    rows.move(2, 0)
+    assert_close(rows.run([3, 4]), np.concatenate([session.run([3], alone[2]), session.run([4], alone[1])]))
 
 
 def test_pytorch_gpt_agrees_too(pair: tuple[torch.nn.Module, Path, Path]) -> None:

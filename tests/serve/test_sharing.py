@@ -40,6 +40,21 @@ def test_a_second_request_leaves_the_first_alone(start_server: Any) -> None:
     assert len(rest) == 61
 
 
+def test_a_full_context_drops_the_oldest_turns_where_the_server_is_told_to(start_server: Any) -> None:
+    turn = [{"role": "user", "content": "abc" * 10}, {"role": "assistant", "content": "x" * 20}]
+    body = {"messages": [{"role": "system", "content": "S"}, *turn * 10, {"role": "user", "content": "last"}]}
+    assert start_server(context_length=300).client.post("/v1/chat/completions", json=body).status_code == 400
+    server = start_server(context_length=300, context_overflow="shift")
+    usage = server.client.post("/v1/chat/completions", json=body).json()["usage"]
+    assert usage["prompt_tokens"] <= 150
+    assert usage["prompt_tokens_details"]["dropped_tokens"] > 300
+    text = server.complete("0" * 500, max_tokens=2).json()
+    assert text["usage"]["prompt_tokens"] == 150
+    body["messages"] = [{"role": "user", "content": "a" * 400}]
+    refused = server.client.post("/v1/chat/completions", json=body)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "context_length_exceeded")
+
+
 def test_a_stream_comes_as_it_is_made(start_server: Any) -> None:
     server = start_server(delay_s=TOKEN_S)
     with server.streaming("0", max_tokens=40) as lines:

@@ -49,6 +49,13 @@ async def test_the_status_line_tells_model_context_and_speed(drive: Any) -> None
         assert "first after 0.12 s" in bottom
 
 
+async def test_a_full_context_is_said(drive: Any) -> None:
+    async with drive(FakeModel([Turn(["Hello"], dropped_tokens=321)])) as d:
+        await d.ready()
+        await d.send("hi")
+        assert "no longer sees the oldest 321 tokens" in d.screen
+
+
 async def test_the_window_is_there_before_the_model(drive: Any) -> None:
     gate = threading.Event()
     model = FakeModel([Turn(["Hello"])])

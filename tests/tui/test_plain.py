@@ -39,6 +39,14 @@ def test_a_pipe_gets_replies_and_nothing_else(monkeypatch: Any, capsys: Any) -> 
     assert len(model.asked[1]) == 3
 
 
+def test_says_what_a_full_context_left_out(monkeypatch: Any, capsys: Any) -> None:
+    piped(monkeypatch, FakeModel([Turn(["one"], dropped_tokens=321), Turn(["two"])]), b"a\nb\n")
+    assert capsys.readouterr() == (
+        "one\ntwo\n",
+        "[the context was full; the model no longer sees the oldest 321 tokens]\n",
+    )
+
+
 def test_commands(monkeypatch: Any, capsys: Any, tmp_path: Path) -> None:
     model = FakeModel([Turn(["one"]), Turn(["two"]), Turn(["three"])])
     file = store.ChatFile.new(tmp_path, "fake")

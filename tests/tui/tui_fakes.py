@@ -33,6 +33,7 @@ class Turn:
     """Waited for before the piece numbered `gate_at`, unless the reply is cancelled."""
     gate_at: int = 0
     finish: str = "stop"
+    dropped_tokens: int = 0
 
 
 @dataclass
@@ -124,7 +125,7 @@ class FakeChat:
             raise turn.error
         finish: Any = "cancelled" if said < len(turn.pieces) else turn.finish
         timings = Timings(ttft_ms=120.0, prefill_tokens_per_s=500.0, decode_tokens_per_s=87.4)
-        yield Chunk("", finish_reason=finish, usage=Usage(prompt_tokens, said), timings=timings)
+        yield Chunk("", finish_reason=finish, usage=Usage(prompt_tokens, said, turn.dropped_tokens), timings=timings)
 
 
 def _run_real(model: FakeModel, folder: Path) -> None:
