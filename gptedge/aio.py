@@ -6,10 +6,10 @@ Computing happens in worker threads, where it releases the interpreter's lock; t
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, overload
 
 from gptedge.conversation import Chat
 from gptedge.model import Model, load
@@ -92,11 +92,19 @@ class AsyncModel:
     async def load(cls, bundle: str | Path, **options: Any) -> AsyncModel:
         return cls(await asyncio.to_thread(load, bundle, **options))
 
-    async def generate(self, prompt: str, **changes: Any) -> str:
-        return (await self.run(prompt, **changes)).text
+    @overload
+    async def generate(self, prompt: str, **changes: Any) -> str: ...
+    @overload
+    async def generate(self, prompt: Sequence[str], **changes: Any) -> list[str]: ...
+    async def generate(self, prompt: str | Sequence[str], **changes: Any) -> Any:
+        return await asyncio.to_thread(lambda: self.model.generate(prompt, **changes))
 
-    async def run(self, prompt: str, **changes: Any) -> Result:
-        return await asyncio.to_thread(self.model.run, prompt, **changes)
+    @overload
+    async def run(self, prompt: str, **changes: Any) -> Result: ...
+    @overload
+    async def run(self, prompt: Sequence[str], **changes: Any) -> list[Result]: ...
+    async def run(self, prompt: str | Sequence[str], **changes: Any) -> Any:
+        return await asyncio.to_thread(lambda: self.model.run(prompt, **changes))
 
     def stream(self, prompt: str, **changes: Any) -> AsyncStream:
         return AsyncStream(lambda: self.model.stream(prompt, **changes))

@@ -15,7 +15,7 @@ import hashlib
 import json
 import mmap
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from math import prod
 from pathlib import Path
@@ -46,8 +46,10 @@ def save_cache(path: Path, session: Session, cache: KVCache, state: Mapping[str,
         work.touch(mode=0o600)
         with work.open("wb") as f:
             f.write(_MAGIC + bytes(digest.digest_size))
-            tensors = (memoryview(t) for t in cache.tensors())
-            for part in chain([_LENGTH.pack(len(header)), header], tensors):
+            parts: Iterable[bytes | memoryview] = chain(
+                [_LENGTH.pack(len(header)), header], (tensor.data for tensor in cache.tensors())
+            )
+            for part in parts:
                 digest.update(part)
                 f.write(part)
             f.seek(_DIGEST.start)

@@ -310,6 +310,7 @@ def test_module_functions(tiny_bundle: Path, model: gptedge.Model) -> None:
 async def test_async_model(tiny_bundle: Path, model: gptedge.Model, tmp_path: Path) -> None:
     async with await gptedge.AsyncModel.load(tiny_bundle, threads=1) as twin:
         assert await twin.generate("The", max_tokens=5) == model.generate("The", max_tokens=5)
+        assert await twin.generate(["The", "fox"], max_tokens=5) == model.generate(["The", "fox"], max_tokens=5)
         text = [chunk.text async for chunk in twin.stream("The", max_tokens=5)]
         assert "".join(text) == model.generate("The", max_tokens=5)
         async with twin.chat(max_tokens=4).stream("hi") as stream:
