@@ -26,6 +26,7 @@ import numpy as np
 from gptedge.bundle import fingerprint
 from gptedge.errors import DataError
 from gptedge.files import new_file
+from gptedge.runtime.adapter import Adapter
 from gptedge.runtime.kv_cache import KVCache
 from gptedge.runtime.session import Session
 
@@ -39,7 +40,9 @@ _ALIGNMENT = 64
 def save_cache(path: Path, session: Session, cache: KVCache, state: Mapping[str, Any]) -> None:
     """Write `cache` and `state`, which is JSON-ready, to a file that only its owner may read."""
     header = _padded(
-        json.dumps({**_identity(session), "ids": cache.ids, "state": dict(state)}, ensure_ascii=False).encode()
+        json.dumps(
+            {**_identity(session, cache.adapter), "ids": cache.ids, "state": dict(state)}, ensure_ascii=False
+        ).encode()
     )
     digest = hashlib.sha256()
     with new_file(Path(path)) as work:
@@ -56,21 +59,24 @@ def save_cache(path: Path, session: Session, cache: KVCache, state: Mapping[str,
             f.write(digest.digest())
 
 
-def load_cache(path: Path, session: Session) -> tuple[KVCache, dict[str, Any]]:
-    """The cache and the state that `save_cache` wrote. Raises DataError unless the file is whole and of this bundle."""
+def load_cache(path: Path, session: Session, adapter: Adapter | None = None) -> tuple[KVCache, dict[str, Any]]:
+    """The cache and the state that `save_cache` wrote.
+
+    Raises DataError unless the file is whole, and made by this bundle with this adapter.
+    """
     try:
         with Path(path).open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            return _read(path, memoryview(content).toreadonly(), session)
+            return _read(path, memoryview(content), session, adapter)
     except (OSError, ValueError) as e:  # ValueError: an empty file cannot be mapped
         raise DataError(f"{path} cannot be read as a saved chat: {getattr(e, 'strerror', None) or e}") from None
 
 
-def _read(path: Path, content: memoryview, session: Session) -> tuple[KVCache, dict[str, Any]]:
+def _read(path: Path, content: memoryview, session: Session, adapter: Adapter | None) -> tuple[KVCache, dict[str, Any]]:
     with content:
         if bytes(content[: len(_MAGIC)]) != _MAGIC:
             raise DataError(f"{path} is not a saved chat of this gptedge")
         header, start = _header(path, content)
-        _check_identity(path, header, _identity(session))
+        _check_identity(path, header, _identity(session, adapter))
         ids, layout = header["ids"], session.signature.cache
         dtype = np.dtype(layout.dtype)
         shapes = [(heads, len(ids), width) for heads, width in layout.shapes]
@@ -84,6 +90,7 @@ def _read(path: Path, content: memoryview, session: Session) -> tuple[KVCache, d
             tensors.append(np.frombuffer(content, dtype, prod(shape), start).reshape(shape))
             start += tensors[-1].nbytes
         cache = session.new_cache()
+        cache.use(adapter)
         cache.fill(ids, tensors, session.context_length)  # copies, so that the file may go
         del tensors
         return cache, header["state"]
@@ -101,19 +108,30 @@ def _header(path: Path, content: memoryview) -> tuple[dict[str, Any], int]:
     raise DataError(f"{path} was cut off or changed: its header cannot be read; delete it")
 
 
-def _identity(session: Session) -> dict[str, Any]:
-    """What a cache must have in common with a session."""
+def _identity(session: Session, adapter: Adapter | None) -> dict[str, Any]:
+    """What made the keys and values."""
     layout = session.signature.cache
     return {
         "bundle": fingerprint(session.bundle),
         "recipe": session.bundle.recipe,
         "dtype": np.dtype(layout.dtype).name,
         "shapes": [list(shape) for shape in layout.shapes],
+        "adapter": None if adapter is None else _adapter_id(adapter),
     }
 
 
+def _adapter_id(adapter: Adapter) -> str:
+    digest = hashlib.sha256(json.dumps(adapter.names).encode())
+    for value in adapter.values:
+        digest.update(np.ascontiguousarray(value.numpy()).data)
+    return digest.hexdigest()
+
+
 def _check_identity(path: Path, header: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    if any(header.get(key) != value for key, value in wanted.items()):
+    different = [key for key, value in wanted.items() if header.get(key) != value]
+    if different == ["adapter"]:
+        raise DataError(f"{path} was saved with another adapter than this model's; assign the one it was saved with")
+    if different:
         theirs, ours = (f"({h.get('recipe')}, {str(h.get('bundle'))[:12]})" for h in (header, wanted))
         raise DataError(
             f"{path} was saved with another bundle {theirs} than this one {ours}, whose keys and values differ; "

@@ -222,3 +222,21 @@ def test_the_manifest_says_what_it_takes(adapted: Path) -> None:
     manifest = json.loads((adapted / "bundle" / MANIFEST).read_text())
     assert set(manifest["lora"]) == {"base"}
     assert len(manifest["lora"]["base"]) == 64
+
+
+def test_batches_and_saved_chats_keep_to_their_adapter(adapted: Path, tmp_path: Path) -> None:
+    model = gptedge.load(adapted / "bundle", threads=1)
+    one, other = (model.load_adapter(adapted / f"{name}.onnx_adapter") for name in "ab")
+    plain = model.run(["The quick", "fox"], max_tokens=8)
+    model.adapter = one
+    alone = [model.run(p, max_tokens=8).token_ids for p in ("The quick", "fox")]
+    assert [r.token_ids for r in model.run(["The quick", "fox"], max_tokens=8)] == alone
+    assert [r.token_ids for r in plain] != alone
+    chat = model.chat(max_tokens=8)
+    chat.send("The quick")
+    chat.save_cache(tmp_path / "chat.kv")
+    assert model.chat(cache=tmp_path / "chat.kv").send("And?").timings.cached_tokens > 5
+    for adapter in (None, other):
+        model.adapter = adapter
+        with pytest.raises(gptedge.DataError, match="saved with another adapter"):
+            model.chat(cache=tmp_path / "chat.kv")
