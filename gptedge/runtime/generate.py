@@ -225,6 +225,7 @@ class Stream:
         self._cancelled = threading.Event()
         self._on_end = on_end
         self._chunks = self._run(make_chunks)
+        self._reading = threading.RLock()
         self._result: Result | None = None
 
     def _run(self, make_chunks: Callable[[threading.Event], Iterator[Chunk]]) -> Iterator[Chunk]:
@@ -242,10 +243,11 @@ class Stream:
             self._on_end(self._result)
 
     def __iter__(self) -> Iterator[Chunk]:
-        return self._chunks
+        return self
 
     def __next__(self) -> Chunk:
-        return next(self._chunks)
+        with self._reading:  # one thread may iterate while another closes
+            return next(self._chunks)
 
     def __enter__(self) -> Stream:
         return self
@@ -262,7 +264,7 @@ class Stream:
     def close(self) -> None:
         """Cancel, and take in what is left, so that `result` is there."""
         self.cancel()
-        for _ in self._chunks:
+        for _ in self:
             pass
 
     @property
