@@ -30,13 +30,18 @@ Config = TypeVar("Config", bound=LoopConfig)
 
 def check_output(out: Path, *, resume: bool, force: bool) -> None:
     """Before anything is done. Raises CheckpointError, UsageError, OutputExistsError."""
-    if resume and not (out / STATE / RUN).is_file():
-        raise CheckpointError(f"cannot resume: {out / STATE} holds no run; start one without --resume")
+    if resume:
+        _check_run(out)
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file, and the output is a folder; choose another output")
     if out.exists() and not (resume or force):
         hint = "go on with it by --resume, " if (out / STATE / RUN).is_file() else ""
         raise OutputExistsError(f"{out} exists already; {hint}choose another output or add --force")
+
+
+def _check_run(out: Path) -> None:
+    if not (out / STATE / RUN).is_file():
+        raise CheckpointError(f"cannot resume: {out / STATE} holds no run; start one without --resume")
 
 
 def begin_run(out: Path, config: LoopConfig, identity: Mapping[str, str], save: Callable[[Path], None]) -> None:
@@ -52,6 +57,7 @@ def begin_run(out: Path, config: LoopConfig, identity: Mapping[str, str], save: 
 
 def saved_config(out: Path, kind: type[Config], overrides: Mapping[str, Any] | None = None) -> Config:
     """The configuration of the run in `out`, with what is not None in `overrides`: what to resume it with."""
+    _check_run(Path(out))
     path = Path(out) / STATE / RUN
     settings = read_json_object(path).get("config")
     if not isinstance(settings, dict):

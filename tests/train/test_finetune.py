@@ -14,6 +14,7 @@ import transformers
 
 import gptedge
 from gptedge.checkpoint import CHAT_TEMPLATE, TOKENIZER, TOKENIZER_CONFIG, Checkpoint, open_checkpoint
+from gptedge.cli import main
 from gptedge.errors import CheckpointError, DataError, UsageError
 from gptedge.export.exporter import export
 from gptedge.export.sources import open_source
@@ -255,3 +256,52 @@ def test_a_gguf_file_becomes_a_checkpoint_of_its_family(facts: Path, tmp_path: P
         ours, before = (GPT.from_checkpoint(open_source(tmp_path / name))(ids) for name in ("m", "tiny.gguf"))
     assert (theirs - ours).abs().max() <= 1e-4 * ours.std()
     assert not torch.equal(ours, before)
+
+
+# ---- the commands --------------------------------------------------------------------------------------------------
+
+
+def told(capsys: pytest.CaptureFixture[str], *arguments: object) -> Any:
+    """What a command prints with --json."""
+    capsys.readouterr()
+    code = main([*map(str, arguments), "--json"])
+    said = json.loads(capsys.readouterr().out)
+    return said if code == 0 else (code, said["error"])
+
+
+def test_the_commands_from_data_to_a_running_adapter(
+    tiny_checkpoint: Path, facts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quick = ("--epochs", 50, "--learning-rate", 0.01, "--threads", 1)
+    made = told(
+        capsys, "finetune", tiny_checkpoint, "--data", facts, "--out", tmp_path / "m", "--adapter",
+        "--lora-targets", "q, v,down", *quick,
+    )  # fmt: skip
+    assert (made["steps"], made["examples"], made["left_out"]) == (50, 4, 0)
+    assert made["checkpoint"] == str(tmp_path / "m")
+    told(capsys, "export", tiny_checkpoint, tmp_path / "bundle", "--lora-inputs", "--no-verify")
+    adapter = told(capsys, "adapter", tmp_path / "m", tmp_path / "bundle", tmp_path / "m.onnx_adapter")
+    assert (adapter["layers"], adapter["rank"], adapter["base_checked"]) == (6, 16, True)
+    question, answer = next(iter(FACTS.items()))
+    ask = ("generate", tmp_path / "bundle", question, "--chat", "--max-tokens", 30)
+    assert told(capsys, *ask, "--adapter", tmp_path / "m.onnx_adapter")["text"] == answer
+    assert told(capsys, *ask)["text"] != answer
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "message"),
+    [
+        (("--lora-rank", -1), 2, "lora_rank is -1"),
+        (("--lora-targets", "q,x"), 2, "lora targets: 'x' is not a layer of this model"),
+        (("--qat", "int3"), 2, "qat is 'int3'"),
+        (("--resume",), 1, "holds no run; start one without --resume"),
+    ],
+)
+def test_wrong_flags_leave_nothing(
+    flags: tuple[object, ...], code: int, message: str, tiny_checkpoint: Path, facts: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    got = told(capsys, "finetune", tiny_checkpoint, "--data", facts, "--out", tmp_path / "m", *flags)
+    assert got[0] == code
+    assert message in got[1]
+    assert not (tmp_path / "m").exists()
