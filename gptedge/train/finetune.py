@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -89,7 +90,7 @@ def finetune(
     """
     out = Path(out)
     check_output(out, resume=resume, force=force)
-    _check_adapter(config, adapter=adapter)
+    _check_options(config, adapter=adapter)
     if config.threads:
         torch.set_num_threads(config.threads)
     records = read_records(paths, skip_bad=skip_bad)
@@ -132,7 +133,9 @@ def finetune(
     )
 
 
-def _check_adapter(config: FinetuneConfig, *, adapter: bool) -> None:
+def _check_options(config: FinetuneConfig, *, adapter: bool) -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("fine-tuning runs in one process; start it without torchrun")
     if adapter and not config.lora_rank:
         raise UsageError("an adapter holds LoRA's updates, and lora_rank is 0; leave out --adapter, or set a rank")
     if adapter and config.qat:
@@ -251,5 +254,5 @@ def _write(
         write_adapter(folder, made, source.family.files, source.config, base_name=str(source.path))
         return
     tensors = rounded_weights(model) if config.qat else merged_weights(model)
-    weights: dict[str, FloatArray] = {name: tensor.numpy() for name, tensor in tensors.items()}
+    weights: dict[str, FloatArray] = {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
     write_like(folder, source, weights, lesson.side_files)

@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 
 from gptedge.errors import UsageError
 from gptedge.lora_files import LowRankUpdate
+from gptedge.safetensors import FloatArray
 from gptedge.train.model import GPT
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -70,7 +71,7 @@ def updates(model: GPT) -> dict[str, LowRankUpdate]:
     for name, layer in adapted(model, TARGETS):
         update = _update_of(layer)
         if update is not None:
-            found[name] = LowRankUpdate(update.a.detach().numpy(), update.b.detach().numpy(), update.scale)
+            found[name] = LowRankUpdate(_array(update.a), _array(update.b), update.scale)
     return found
 
 
@@ -109,6 +110,10 @@ def _update_of(layer: Any) -> LowRank | None:
     if parametrize.is_parametrized(layer, "weight"):
         return next((step for step in layer.parametrizations.weight if isinstance(step, LowRank)), None)
     return getattr(layer, "lora", None)
+
+
+def _array(tensor: Tensor) -> FloatArray:
+    return tensor.detach().float().cpu().numpy()
 
 
 def _is_part(name: str) -> bool:

@@ -214,6 +214,14 @@ def test_adapters_that_cannot_be(
     assert not (tmp_path / "m").exists()
 
 
+def test_several_processes_are_refused(
+    source: Checkpoint, facts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="fine-tuning runs in one process; start it without torchrun"):
+        finetune(source, [facts], tmp_path / "m", config=SHORT)
+
+
 def test_a_source_needs_a_tokenizer_and_an_end(source: Checkpoint, facts: Path, tmp_path: Path) -> None:
     bare = replace(source, side_files={})
     with pytest.raises(CheckpointError, match=r"has no tokenizer\.json; give one with --tokenizer"):
