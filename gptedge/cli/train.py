@@ -96,6 +96,7 @@ def command(
     value = {**asdict(result), "checkpoint": str(result.checkpoint), "tokens": str(result.tokens)}
     held_out = "" if result.val_loss is None else f", {result.val_loss:.3f} held out"
     line = f"{out}: {result.parameters:,} parameters, {result.steps} steps, loss {result.loss:.3f}{held_out}"
+    line += f"; {result.tokens_per_second:,.0f} tokens/s, {result.mfu:.0%} of what matrix products reach here"
     emit(value, as_json=as_json, lines=[line, f"next: gptedge export {out} {out}-onnx"])
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice, pairwise
 from typing import Any
 
@@ -79,12 +79,10 @@ def count_words(texts: Iterable[str], pre_tokenizer: dict[str, Any]) -> dict[str
     return counts
 
 
-def _shortened(words: list[str]) -> Iterator[str]:
-    for word in words:
-        if len(word) <= _LONGEST:
-            yield word
-        else:
-            yield from (word[i : i + _LONGEST] for i in range(0, len(word), _LONGEST))
+def _shortened(words: list[str]) -> list[str]:
+    if max(map(len, words), default=0) <= _LONGEST:
+        return words
+    return [word[i : i + _LONGEST] for word in words for i in range(0, len(word), _LONGEST)]
 
 
 class _Merger:

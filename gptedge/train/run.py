@@ -35,6 +35,7 @@ from gptedge.train.prepare import END_OF_TEXT, end_of_text, learn_tokenizer, sca
 from gptedge.train.processes import Processes, processes, whole
 from gptedge.train.stdlib import stdlib_corpus
 from gptedge.train.trainer import OnStep, Trainer
+from gptedge.train.utilisation import flops_per_token, peak_flops
 from gptedge.train.windows import RandomWindows
 
 
@@ -54,6 +55,8 @@ class TrainResult:
     tokens_per_second: float
     parameters: int
     precision: str
+    mfu: float
+    """Model FLOPs utilisation: of what matrix products alone reach on this machine, measured at the end."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,7 @@ def _train(
     weights = whole(model.state_dict())
     if these.leads:
         _write(out, run, weights)
+    speed = trainer.tokens_seen / trainer.elapsed_s
     return TrainResult(
         checkpoint=out,
         tokens=run.tokens,
@@ -130,9 +134,12 @@ def _train(
         loss=trainer.loss,
         val_loss=trainer.val_loss,
         seconds=trainer.elapsed_s,
-        tokens_per_second=trainer.tokens_seen / trainer.elapsed_s,
+        tokens_per_second=speed,
         parameters=parameters,
         precision=trainer.precision,
+        mfu=speed
+        * flops_per_token(run.model, parameters)
+        / (peak_flops(trainer.precision, these.device) * these.world),
     )
 
 

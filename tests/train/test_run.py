@@ -88,6 +88,7 @@ def test_the_result_says_what_was_done(texts: Path, tiny: TrainConfig, tmp_path:
     assert result.val_loss is not None
     assert result.val_loss < 5.0  # of 5.7 at the start
     assert result.tokens_per_second == pytest.approx(result.tokens_seen / result.seconds)
+    assert 0 < result.mfu < 1.5
     assert [message.partition(":")[0] for message in messages] == ["text", "tokenizer", "tokens", "model"]
     assert "float" in messages[-1]
 
