@@ -119,7 +119,8 @@ def test_shifted_prompt_is_that_of_the_messages_kept(model: gptedge.Model) -> No
     fresh.load_dict({"messages": [chat.messages[0], *chat.messages[1 + chat.dropped_messages : -2]]})
     expected = fresh.send("And then?", max_tokens=5)
     assert result.token_ids == expected.token_ids
-    assert result.usage.prompt_tokens == expected.usage.prompt_tokens <= CONTEXT // 2
+    assert result.usage.prompt_tokens == expected.usage.prompt_tokens
+    assert CONTEXT // 2 - 45 < result.usage.prompt_tokens <= CONTEXT // 2  # no more turns went than had to
 
 
 def test_reply_that_fills_the_context_drops_turns_and_goes_on(model: gptedge.Model) -> None:
