@@ -25,6 +25,7 @@ from gptedge.export.portable import PortableGraph
 from gptedge.export.rotary import MULTIPLE, is_spread, rotary_scale, spread_frequencies, spread_weights
 from gptedge.graph_io import (
     ATTENTION_MASK,
+    END_LOGIT,
     FIRST_LOGIT,
     INPUT_IDS,
     LOGITS,
@@ -183,10 +184,11 @@ class _Decoder:
         return g.model("decoder")
 
     def head(self, normed: str) -> str:
-        """[B, T, D] -> logits [B, T - first_logit, V]"""
+        """[B, T, D] -> logits [B, end_logit - first_logit, V]"""
         g = self.g
         first = g.optional_input(FIRST_LOGIT, np.zeros(1, np.int64))
-        rows = g.op("Slice", normed, first, g.constant("end", [_END]), g.constant("time_axis", [1]), name="head.rows")
+        end = g.optional_input(END_LOGIT, np.full(1, _END))
+        rows = g.op("Slice", normed, first, end, g.constant("time_axis", [1]), name="head.rows")
         table = "embed.weight" if self.c.tie_embeddings else "head.weight"
         cap = self.c.logit_softcap
         if cap is None:

@@ -1,6 +1,7 @@
 """Bundles: folders that hold everything needed to run a model, each file pinned by its sha256 in manifest.json.
 
     model.onnx  model.onnx.data  tokenizer.json  tokenizer_config.json  config.json  generation_config.json
+    prefill.onnx  prefill.onnx.data (where prompts have a graph of their own: see quantize/prefill.py)
     chat_template.jinja (where there is one)  genai_config.json (for onnxruntime-genai)  manifest.json
 
 Reading needs only the standard library. Folders without a manifest (made by other programs) open too; they cannot be
@@ -13,7 +14,6 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from gptedge.files import sha256, write_json
 
 FORMAT_VERSION = 1
 GRAPH, GRAPH_DATA = "model.onnx", "model.onnx.data"
+PREFILL, PREFILL_DATA = "prefill.onnx", "prefill.onnx.data"
 CONFIG, GENERATION_CONFIG, GENAI_CONFIG = "config.json", "generation_config.json", "genai_config.json"
 TOKENIZER, TOKENIZER_CONFIG, CHAT_TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 MANIFEST = "manifest.json"
@@ -46,8 +47,13 @@ class Bundle:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of the graphs and their weights."""
-        return sum(f.stat().st_size for f in self.path.iterdir() if ".onnx" in f.name)
+        """Bytes of the graph and its weights, those of a prefill graph not counted."""
+        return sum(f.stat().st_size for f in self.path.iterdir() if ".onnx" in f.name) - self.prefill_bytes
+
+    @property
+    def prefill_bytes(self) -> int:
+        """Bytes that the prefill graph adds; 0 without one."""
+        return sum((self.path / f).stat().st_size for f in (PREFILL, PREFILL_DATA) if (self.path / f).exists())
 
     @property
     def eos_ids(self) -> frozenset[int]:
@@ -114,6 +120,8 @@ def write_manifest(
 
     `hashes` are the sha256 that are known already, by the file's name.
     """
+    from importlib import metadata  # 40 ms, which nobody who only reads bundles should wait for
+
     known = dict(hashes or {})
     files = sorted(f for f in folder.iterdir() if f.is_file() and f.name != MANIFEST)
     manifest = {

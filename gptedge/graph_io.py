@@ -6,10 +6,10 @@ B = batch, T = new tokens, P = past tokens, S = P + T, K = n_kv_head, H = head_d
     attention_mask          int64 [B, S]            present.{i}.key    float [B, K, S, H]
     position_ids            int64 [B, T]            present.{i}.value  float [B, K, S, H]
     past_key_values.{i}.key|value  float [B, K, P, H]
-    first_logit             int64 [1]   optional: logits are computed from this row on (negative counts from the end)
+    first_logit, end_logit  int64 [1]   optional: logits are for the rows from the first on that come before the end
 
-`position_ids` is there only when positions are learned. `first_logit` has an initializer (0), which makes it
-optional, and hides it from `InferenceSession.get_inputs()`: programs that do not know it get every row.
+`position_ids` is there only when positions are learned. `first_logit` and `end_logit` have initializers, which makes
+them optional, and hides them from `InferenceSession.get_inputs()`: programs that do not know them get every row.
 
 Graphs that take LoRA adapters have two more optional inputs for each linear layer, named as its node, of any rank r:
 
@@ -23,7 +23,7 @@ from __future__ import annotations
 INPUT_IDS = "input_ids"
 ATTENTION_MASK = "attention_mask"
 POSITION_IDS = "position_ids"
-FIRST_LOGIT = "first_logit"
+FIRST_LOGIT, END_LOGIT = "first_logit", "end_logit"
 LOGITS = "logits"
 LORA_A, LORA_B = ".lora_a", ".lora_b"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from threading import Event
@@ -24,18 +25,27 @@ from gptedge.runtime.session import Session
 from gptedge.tokenizer import Tokenizer
 
 
-def load(bundle: str | Path, *, threads: int | None = None, provider: str | None = None, verify: bool = True) -> Model:
+def load(
+    bundle: str | Path,
+    *,
+    threads: int | None = None,
+    provider: str | None = None,
+    verify: bool = True,
+    speculate: bool = True,
+) -> Model:
     """Load a bundle folder.
 
     threads: cores to compute on (default: the physical ones that the process may use).
     provider: "cpu", "cuda", or None for the best.
     verify: compare every file with the manifest's sha256, which runs beside the loading.
+    speculate: check tokens guessed from the text several at once; without, the same tokens take longer.
     Raises BundleError when the folder is not a whole bundle, MissingExtraError without onnxruntime.
     """
     opened = open_bundle(Path(bundle))
-    return Model(
-        opened, Session(opened, threads=threads, provider=provider, check=verify), Tokenizer.from_folder(opened.path)
-    )
+    with ThreadPoolExecutor(1, "gptedge-tokenizer") as pool:  # read while onnxruntime makes its session
+        tokenizer = pool.submit(Tokenizer.from_folder, opened.path)
+        session = Session(opened, threads=threads, provider=provider, check=verify, speculate=speculate)
+        return Model(opened, session, tokenizer.result())
 
 
 class Model:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 import time
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -15,7 +16,18 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto
 
-from gptedge.bundle import GRAPH, GRAPH_DATA, LORA, MANIFEST, Bundle, open_bundle, verify, write_manifest
+from gptedge.bundle import (
+    GRAPH,
+    GRAPH_DATA,
+    LORA,
+    MANIFEST,
+    PREFILL,
+    PREFILL_DATA,
+    Bundle,
+    open_bundle,
+    verify,
+    write_manifest,
+)
 from gptedge.errors import BundleError, UsageError
 from gptedge.files import check_destination, new_folder
 from gptedge.measure import peak_rss_mb
@@ -26,6 +38,7 @@ from gptedge.quantize import mixed, smooth
 from gptedge.quantize.calibrated import Calibrator
 from gptedge.quantize.calibration import Windows, own_windows, text_windows
 from gptedge.quantize.passes import Target, find_targets, rewrite
+from gptedge.quantize.prefill import PREFILLS, write_prefill
 from gptedge.quantize.recipes import Recipe, find_recipe
 from gptedge.quantize.rounding import Blocks, quantize_matrix
 from gptedge.quantize.smooth import Smoothing
@@ -42,6 +55,9 @@ class QuantizeResult:
     bundle: Path
     recipe: str
     size_mb: float
+    """10^6 bytes of the graph and its weights."""
+    prefill_mb: float
+    """Of the graph for prompts that `prefill` adds; 0 without one."""
     seconds: float
     peak_rss_mb: float
 
@@ -53,6 +69,7 @@ def quantize(
     recipe: str,
     target_mb: float | None = None,
     calibration: Path | None = None,
+    prefill: str | None = None,
     seed: int = 0,
     force: bool = False,
     threads: int | None = None,
@@ -62,6 +79,7 @@ def quantize(
 
     `calibration` is text for recipes that learn from data; without one they use what the model writes itself, drawn
     with `seed`. `target_mb` (10^6 bytes of graph and weights) is what `mixed` fills, and no other recipe takes.
+    `prefill` "int8" adds a graph of 8-bit products for prompts, in files of its own (see prefill.py); calibrated too.
 
     Raises UsageError for an unknown recipe, a size that cannot be reached or a bundle that is quantized already,
     BundleError for a broken one, DataError for text that cannot be used or activations that are not finite.
@@ -70,26 +88,31 @@ def quantize(
     name, rows = find_recipe(recipe)
     if rows.fills_target != (target_mb is not None):
         raise UsageError(f"recipe {name} {'needs' if rows.fills_target else 'takes no'} target size (--target-mb)")
+    if prefill is not None and prefill not in PREFILLS:
+        raise UsageError(f"prefill is {prefill!r}; it must be one of {', '.join(PREFILLS)}")
     bundle = open_bundle(Path(source))
     _check_source(bundle)
     check_destination(out, force=force)
     verify(bundle)
     assert bundle.manifest is not None
     find_targets(load_graph(bundle.path / GRAPH), rows)  # refuses what the recipe cannot mean before time is spent
-    job = _Job(bundle, rows, target_mb, threads or default_threads(), seed, report)
+    job = _Job(bundle, rows, target_mb, prefill, threads or default_threads(), seed, report)
     windows = job.windows(calibration)
     with new_folder(Path(out), force=force) as folder:
         for file in bundle.manifest["files"]:
-            if file not in (GRAPH, GRAPH_DATA, MANIFEST):
+            if file not in (GRAPH, GRAPH_DATA, PREFILL, PREFILL_DATA, MANIFEST):
                 shutil.copyfile(bundle.path / file, folder / file)
         job.write_graph(folder, windows)
-        kept = {fact: bundle.manifest[fact] for fact in _KEPT if fact in bundle.manifest}
-        write_manifest(folder, family=bundle.manifest["family"], recipe=name, packages=("onnx",), **kept)
-        size = open_bundle(folder).size_bytes
+        facts = {fact: bundle.manifest[fact] for fact in _KEPT if fact in bundle.manifest}
+        facts |= {"prefill": prefill} if prefill else {}
+        write_manifest(folder, family=bundle.manifest["family"], recipe=name, packages=("onnx",), **facts)
+        made = open_bundle(folder)
+        size, prefill_size = made.size_bytes, made.prefill_bytes
     return QuantizeResult(
         bundle=Path(out),
         recipe=name,
         size_mb=round(size / 1e6, 2),
+        prefill_mb=round(prefill_size / 1e6, 2),
         seconds=round(time.perf_counter() - start, 2),
         peak_rss_mb=peak_rss_mb(),
     )
@@ -114,13 +137,14 @@ class _Job:
     bundle: Bundle
     recipe: Recipe
     target_mb: float | None
+    prefill: str | None
     threads: int
     seed: int
     report: Report
 
     def windows(self, calibration: Path | None) -> Windows | None:
         """Token ids to calibrate on, [n_windows, T]; None for recipes that need none."""
-        if not (self.recipe.uses("gptq") or self.recipe.smooths):
+        if not (self.recipe.uses("gptq") or self.recipe.smooths or self.prefill):
             return None
         text = calibration_text if self.recipe.uses("gptq") else smooth
         count, length = text.WINDOWS, min(text.WINDOW, int(self.bundle.genai_config["model"]["context_length"]))
@@ -129,22 +153,25 @@ class _Job:
         return own_windows(self.bundle, count, length, threads=self.threads, seed=self.seed, report=self.report)
 
     def write_graph(self, folder: Path, windows: Windows | None) -> None:
-        source, model = self.bundle.path, load_graph(self.bundle.path / GRAPH)
-        read: Read = partial(read_initializer, folder=source)
+        model = load_graph(self.bundle.path / GRAPH)
+        read: Read = partial(read_initializer, folder=self.bundle.path)
         with WeightFile(folder / GRAPH_DATA) as file, ThreadPoolExecutor(self.threads) as pool:
             targets = find_targets(model, self.recipe)
             if self.target_mb is not None and windows is not None:
                 targets = find_targets(model, self._plan(model, read, targets, windows, pool))
             smoothed = [t for t in targets if t.group.smooth]
-            if windows is not None and smoothed:
-                few = windows[: max(1, smooth.WINDOWS * smooth.WINDOW // windows.shape[1])]
+            few = None if windows is None else windows[: max(1, smooth.WINDOWS * smooth.WINDOW // windows.shape[1])]
+            if few is not None and smoothed:
                 walk = Walk(model, read, few, threads=self.threads)
                 read = Smoothing(model, read, walk, smoothed).read
+            source = copy.deepcopy(model)
             calibrator = None
             if windows is not None and any(t.group.method == "gptq" for t in targets):
                 calibrator = Calibrator(model, read, windows, threads=self.threads, pool=pool)
             self._rewrite(model, targets, read, calibrator, file, pool)
         save_graph(folder / GRAPH, model)
+        if few is not None and self.prefill:
+            write_prefill(folder, source, model, read, few, self.threads)
 
     def _plan(
         self, model: onnx.ModelProto, read: Read, targets: list[Target], windows: Windows, pool: Executor

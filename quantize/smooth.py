@@ -52,14 +52,19 @@ class Seam:
 class Smoothing:
     """Reads a model's initializers with the factors of all its seams multiplied in."""
 
-    def __init__(self, model: onnx.ModelProto, read: Read, walk: Walk, targets: Iterable[Target]) -> None:
-        """Measures activations with `walk`, which goes through `model` as it is; then adapts `model`'s lookups."""
+    def __init__(
+        self, model: onnx.ModelProto, read: Read, walk: Walk, targets: Iterable[Target], *, keep_values: bool = False
+    ) -> None:
+        """Measures activations with `walk`, which goes through `model` as it is; then adapts `model`'s lookups.
+
+        `keep_values` leaves attention's values alone, which a KV cache may share with another graph.
+        """
         self._read = read
         self._initializers = {t.name: t for t in model.graph.initializer}
         self._columns: dict[str, FloatArray] = {}
         self._rows: dict[str, list[tuple[slice, FloatArray]]] = {}
         targets = list(targets)
-        for seam in find_seams(model, targets):
+        for seam in find_seams(model, targets, keep_values=keep_values):
             self._add(seam, np.max([np.abs(x).max(0) for x in walk.inputs_of(seam.product)], axis=0))
         for target in targets:
             if target.lookups and target.weight in self._columns:
@@ -78,6 +83,10 @@ class Smoothing:
             changed[part] = (changed[part].T / factors).T
         return changed.astype(values.dtype)
 
+    def changed(self, targets: Iterable[Target]) -> set[str]:
+        """Initializers other than the targets' that are not what they were."""
+        return (self._columns.keys() | self._rows.keys()) - {t.weight for t in targets}
+
     def _add(self, seam: Seam, largest: FloatArray) -> None:
         heaviest = np.abs(np.asarray(self.read(self._initializers[seam.target.weight]), np.float32)).max(0)
         n = int(seam.channels.max()) + 1
@@ -91,12 +100,14 @@ class Smoothing:
         self._columns[seam.target.weight] = factors[seam.channels]
 
 
-def find_seams(model: onnx.ModelProto, targets: Iterable[Target]) -> Iterator[Seam]:
+def find_seams(model: onnx.ModelProto, targets: Iterable[Target], *, keep_values: bool = False) -> Iterator[Seam]:
     """Where activations can be smoothed, in the graph's order. A weight of several products is left alone."""
     graph = _Reader(model)
     by_product = {t.products[0]: t for t in targets if len(t.products) == 1}
     for node in model.graph.node:
         if target := by_product.get(node.name):
+            if keep_values and graph.is_attention(node.input[0]):
+                continue
             found = graph.givers(node.input[0], target.width)
             if found:
                 yield Seam(target, node.name, *found)
@@ -128,6 +139,9 @@ class _Reader:
         if node.op_type == "Mul":
             return self._ungated(node, width)
         return self._values(node, width) if node.op_type == "GroupQueryAttention" else None
+
+    def is_attention(self, value: str) -> bool:
+        return value in self._maker and self._maker[value].op_type == "GroupQueryAttention"
 
     def _ungated(self, node: NodeProto, width: int) -> Givers | None:
         """The second half of a split product that multiplies the activated first half."""

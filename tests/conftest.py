@@ -110,6 +110,13 @@ def quantized_bundle(request: pytest.FixtureRequest, tiny_bundle: Path) -> Path:
     return quantize(tiny_bundle, tiny_bundle.parent / request.param, recipe=request.param).bundle
 
 
+def prepared_prompts(vocab_size: int, count: int) -> list[list[int]]:
+    """Token ids of prompts, half of which repeat themselves."""
+    rng = np.random.default_rng(7)
+    prompts = [rng.integers(0, vocab_size - 3, rng.integers(4, 60)).tolist() for _ in range(count)]
+    return [p * 2 if i % 2 else p for i, p in enumerate(prompts)]
+
+
 def gptedge_json(*arguments: object, **environment: str) -> dict:
     done = subprocess.run(
         [sys.executable, "-m", "gptedge", *map(str, arguments), "--json"],

@@ -53,6 +53,9 @@ def command(
         bool, typer.Option("--chat", help="The prompt is a user's message: use the chat template.")
     ] = False,
     system: Annotated[str | None, typer.Option(help="System message, with --chat.")] = None,
+    no_speculate: Annotated[
+        bool, typer.Option("--no-speculate", help="Check no guessed tokens: the same reply, slower where it repeats.")
+    ] = False,
     threads: Threads = None,
     provider: Provider = None,
     as_json: Json = False,
@@ -75,7 +78,7 @@ def command(
     from gptedge.model import load
 
     start = time.perf_counter()
-    with load(bundle, threads=threads, provider=provider) as model:
+    with load(bundle, threads=threads, provider=provider, speculate=not no_speculate) as model:
         model.adapter = None if adapter is None else model.load_adapter(adapter)
         load_ms = round((time.perf_counter() - start) * 1000, 2)
         stream = model.chat(system=system).stream(text, **vars(params)) if chat else model.stream(text, params)

@@ -30,6 +30,7 @@ def command(bundle: BundleArgument, as_json: Json = False) -> None:
         "family": manifest.get("family", "unknown"),
         "recipe": opened.recipe,
         "size_mb": round(opened.size_bytes / 1e6, 2),
+        "prefill_mb": round(opened.prefill_bytes / 1e6, 2) or None,
         **{ours: where.get(theirs) for ours, theirs in _SHAPE.items()},
         "parity": manifest.get("parity"),
         "made_with": manifest.get("made_with", {}),

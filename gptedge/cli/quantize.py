@@ -21,6 +21,9 @@ def command(
     calibration: Annotated[
         Path | None, typer.Option(help="Text for recipes that learn from data (default: what the model writes itself).")
     ] = None,
+    prefill: Annotated[
+        str | None, typer.Option(help="int8: add a graph that reads prompts by 8-bit products, in files of its own.")
+    ] = None,
     text: Annotated[Path | None, typer.Option(help="Text that the quality gates are measured on.")] = None,
     max_ppl_increase: MaxPplIncrease = None,
     max_kld: MaxKld = None,
@@ -45,6 +48,7 @@ def command(
             recipe=recipe,
             target_mb=target_mb,
             calibration=calibration,
+            prefill=prefill,
             seed=seed,
             force=force,
             threads=threads,
@@ -58,6 +62,7 @@ def command(
         facts |= measure(out, text, reference=bundle, context=None, threads=threads)
     verdicts = judge(gates, facts, subject=str(out), as_json=as_json)
     value = {**facts, **asdict(result), "bundle": str(result.bundle), "gates": verdicts.as_json()}
-    lines = [f"{out}: {result.recipe}, {result.size_mb:g} MB in {result.seconds:g} s"]
+    beside = f" and {result.prefill_mb:g} MB for prompts" if result.prefill_mb else ""
+    lines = [f"{out}: {result.recipe}, {result.size_mb:g} MB{beside} in {result.seconds:g} s"]
     emit(value, as_json=as_json, lines=lines)
     verdicts.raise_if_failed()

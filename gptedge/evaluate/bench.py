@@ -13,7 +13,7 @@ import numpy as np
 
 from gptedge.errors import UsageError
 from gptedge.measure import peak_rss_mb
-from gptedge.runtime.session import Session
+from gptedge.runtime.session import PREFILL_AT_LEAST, Session
 
 _PROBE_BYTES = 1 << 28  # far more than any cache holds
 
@@ -35,15 +35,16 @@ class Bench:
 
 
 def bench(session: Session, *, load_ms: float, prompt_tokens: int, new_tokens: int, repeat: int) -> Bench:
-    """Medians of `repeat` runs of a random prompt and greedy decoding that does not stop early."""
+    """Medians of `repeat` runs of a random prompt and greedy decoding that does not stop early, token by token."""
     if min(prompt_tokens, new_tokens, repeat) < 1:
         raise UsageError("prompt tokens, new tokens and repeats must be at least 1")
     session.check_fits(prompt_tokens + new_tokens)
     prompt = [int(i) for i in np.random.default_rng(0).integers(0, session.vocab_size, prompt_tokens)]
-    session.prefill(prompt[:16], session.new_cache())  # the first run also sets buffers up
+    session.prefill(prompt[: PREFILL_AT_LEAST + 1], session.new_cache())  # the first run also sets buffers up
     runs = [_run(session, prompt, new_tokens) for _ in range(repeat)]
     prefill_s, decode_s = (statistics.median(run[i] for run in runs) for i in (0, 1))
     decode = new_tokens / decode_s
+    peak = peak_rss_mb()  # before the probe of the memory, which takes some itself
     bandwidth = memory_bandwidth(session.threads)
     kv_bytes = session.new_cache().bytes_per_token * (prompt_tokens + new_tokens / 2)
     return Bench(
@@ -51,7 +52,7 @@ def bench(session: Session, *, load_ms: float, prompt_tokens: int, new_tokens: i
         decode_tokens_per_s=round(decode, 2),
         ttft_ms=round(prefill_s * 1000, 2),
         load_ms=load_ms,
-        peak_rss_mb=peak_rss_mb(),
+        peak_rss_mb=peak,
         roofline={
             "memory_gb_per_s": round(bandwidth / 1e9, 2),
             "decode_fraction": round(decode * (session.bundle.size_bytes + kv_bytes) / bandwidth, 4),

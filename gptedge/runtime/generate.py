@@ -11,6 +11,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from types import TracebackType
 from typing import Literal
 
@@ -20,6 +21,7 @@ from gptedge.runtime.context import Window
 from gptedge.runtime.kv_cache import KVCache
 from gptedge.runtime.sampling import Sampler, TokenLogprob, logprob_of
 from gptedge.runtime.session import Session
+from gptedge.runtime.speculate import PromptLookup
 from gptedge.tokenizer import Tokenizer
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -103,17 +105,33 @@ def steps(
 ) -> Iterator[tuple[int, TokenLogprob | None]]:
     """Token ids, one by one, until `max_tokens` of them, or cancelled, or the caller stops asking.
 
-    `cache` holds a proper prefix of `prompt`, which is not run again. A token is run only when the next is asked for.
+    `cache` holds a proper prefix of `prompt`, which is not run again; in the end it holds all but the last token given.
     """
-    logits = session.prefill(prompt[len(cache) :], cache, stop=cancelled)
-    sampler = sampler or Sampler(params, prompt, session.vocab_size)
-    for done in range(params.max_tokens):
-        if logits is None or cancelled.is_set():
+    first = session.prefill(prompt[len(cache) :], cache, stop=cancelled)
+    if first is None:
+        return
+    sampler, lookup = sampler or Sampler(params, prompt, session.vocab_size), PromptLookup(prompt)
+    rows, guess, kept, left = iter([first]), list[int](), len(cache), params.max_tokens
+    while True:
+        right = 0
+        try:
+            for row, guessed in zip_longest(rows, guess):
+                token = sampler.choose(row)
+                left -= 1
+                yield token, None if params.logprobs is None else logprob_of(row, token, params.logprobs)
+                lookup.append(token)
+                if token != guessed or not left or cancelled.is_set():
+                    break
+                right += 1
+        finally:
+            cache.truncate(kept + right)
+        if not left or cancelled.is_set():
             return
-        token = sampler.choose(logits)
-        yield token, None if params.logprobs is None else logprob_of(logits, token, params.logprobs)
-        if done + 1 < params.max_tokens and not cancelled.is_set():
-            logits = session.run([token], cache)[0]
+        if guess:
+            lookup.learn(len(guess), right)
+        kept = len(cache) + 1
+        guess = lookup.guess(session.room_to_guess(cache, left))
+        rows = session.checked([token, *guess], cache)
 
 
 class _StopStrings:

@@ -7,18 +7,21 @@ lets one conversation compute at a time, a step at a time, so that several of th
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from gptedge.bundle import GRAPH, Bundle, verify
+from gptedge.bundle import GRAPH, PREFILL, Bundle, verify
 from gptedge.errors import BundleError, ContextOverflowError, UsageError
 from gptedge.graph_io import (
     ATTENTION_MASK,
+    END_LOGIT,
     FIRST_LOGIT,
     INPUT_IDS,
     LOGITS,
@@ -28,12 +31,14 @@ from gptedge.graph_io import (
 )
 from gptedge.runtime.adapter import Adapter, read_adapter
 from gptedge.runtime.kv_cache import KVCache
-from gptedge.runtime.onnx_runtime import device_of, import_onnxruntime, open_graph, session_options
+from gptedge.runtime.onnx_runtime import PROVIDERS, device_of, import_onnxruntime, open_graph, session_options
 from gptedge.runtime.signature import read_signature
 from gptedge.runtime.threads import default_threads
 
 PREFILL_CHUNK = 256
 """Tokens run at once while reading a prompt; bounds the memory that attention takes."""
+PREFILL_AT_LEAST = 64
+"""Tokens from which on a prompt goes through the bundle's graph for prompts; fewer would not repay its loading."""
 _VERIFY_FIRST = 10_000_000  # bytes; smaller files are checked before onnxruntime reads them, larger ones meanwhile
 
 Logits = npt.NDArray[np.float32]
@@ -41,31 +46,65 @@ Logits = npt.NDArray[np.float32]
 
 class Session:
     def __init__(
-        self, bundle: Bundle, *, threads: int | None = None, provider: str | None = None, check: bool = True
+        self,
+        bundle: Bundle,
+        *,
+        threads: int | None = None,
+        provider: str | None = None,
+        check: bool = True,
+        speculate: bool = True,
     ) -> None:
         """Load the graph. `check` compares every file with the manifest's sha256, beside the loading.
 
         provider: cpu or cuda; None is CUDA where it works, else the CPU. `self.provider` says which it became.
+        speculate: check guessed tokens several at once (see speculate.py); without, the same tokens take longer.
         """
         if threads is not None and threads < 1:
             raise UsageError(f"threads is {threads}; it must be at least 1")
         self._ort = import_onnxruntime()
         self.bundle = bundle
         self.threads = threads or default_threads()
+        self.speculates = speculate
+        """Whether guesses are checked several at once."""
+        self._rows_agree = False
         self._run_options = self._ort.RunOptions()
         self.lock = threading.Lock()
         """Held while the graph runs."""
         large = _verify_small_files(bundle) if check else []
         with ThreadPoolExecutor(1, "gptedge-verify") as pool:
             checked: Future[None] | None = pool.submit(verify, bundle, names=large) if large else None
-            self._session, self.provider = self._open(provider)
+            self._session, self.provider = self._open(GRAPH, provider)
             if checked:
                 checked.result()
         self._describe()
 
-    def _open(self, provider: str | None) -> tuple[Any, str]:
+    def _open(self, graph: str, provider: str | None, profile: Path | None = None) -> tuple[Any, str]:
         options = session_options(self._ort, self.threads)
-        return open_graph(self._ort, self.bundle.path / GRAPH, options, provider)
+        if profile:
+            options.enable_profiling, options.profile_file_prefix = True, str(profile)
+        return open_graph(self._ort, self.bundle.path / graph, options, provider)
+
+    @contextmanager
+    def profiled(self, prefix: Path) -> Iterator[Callable[[], str]]:
+        """Runs are recorded meanwhile; what is given ends that, and gives the path of onnxruntime's JSON profile."""
+        plain = self._session
+        name = next(name for name, full in PROVIDERS.items() if full == self.provider)
+        self._session, _ = self._open(GRAPH, name, prefix)
+        try:
+            yield self._session.end_profiling
+        finally:
+            self._session = plain
+
+    @cached_property
+    def _prompt_graph(self) -> Any:
+        """The session of the bundle's graph for prompts, opened when the first long prompt comes; None without one.
+
+        It is written for the CPU's integer products, and its cache must be one that it can append to.
+        """
+        suits = self.provider == PROVIDERS["cpu"] and self.signature.cache.shared
+        if not suits or not (self.bundle.path / PREFILL).exists():
+            return None
+        return self._open(PREFILL, "cpu")[0]
 
     def _describe(self) -> None:
         """What the graph's inputs say of the model, and where its outputs go: logits to the CPU, the cache stays."""
@@ -97,26 +136,38 @@ class Session:
             )
 
     def prefill(self, ids: Sequence[int], cache: KVCache, *, stop: threading.Event | None = None) -> Logits | None:
-        """Run a prompt in chunks. The last token's logits, float32 [vocab_size]; None when `stop` was set meanwhile."""
-        logits = None
-        for start in range(0, len(ids), PREFILL_CHUNK):
+        """Run a prompt in chunks. The last token's logits, float32 [vocab_size]; None when `stop` was set meanwhile.
+
+        A long one goes through the graph for prompts, where the bundle has it, up to its last token. That graph takes
+        no adapters.
+        """
+        with self.lock:
+            graph = self._prompt_graph if len(ids) > PREFILL_AT_LEAST and not cache.adapter else None
+        logits, parts = None, _chunks(ids) if graph is None else [*_chunks(ids[:-1]), ids[-1:]]
+        for part in parts:
             if stop is not None and stop.is_set():
                 return None
-            logits = self.run(ids[start : start + PREFILL_CHUNK], cache)[-1]
+            if graph is not None and part is not parts[-1]:
+                self._append(graph, part, cache)
+            else:
+                logits = self.run(part, cache)[-1]
         return logits
 
     def run(self, ids: Sequence[int], cache: KVCache, *, every_row: bool = False) -> Logits:
         """Append `ids` to `cache`. Logits of the last, float32 [1, vocab_size], or of every one, [T, vocab_size]."""
-        if not len(ids):
-            raise UsageError("there are no tokens to run")
-        past, total = len(cache), len(cache) + len(ids)
-        if total > self.context_length:
-            raise ContextOverflowError(f"{total} tokens do not fit the model's context of {self.context_length}")
+        return self._rows(ids, cache, 0 if every_row else len(ids) - 1, len(ids))
+
+    def _rows(self, ids: Sequence[int], cache: KVCache, first: int, end: int) -> Logits:
+        """Append `ids` to `cache`; logits of those from `first` up to `end`."""
         with self.lock:
-            cache.reserve(total, self.context_length)
-            logits = self._run(np.asarray([ids], np.int64), past, total, cache, every_row)
+            feeds = self._feeds(ids, cache)
+            picks = self.signature.picks_rows
+            if picks:
+                feeds |= {FIRST_LOGIT: np.array([first]), END_LOGIT: np.array([end])}
+            shape = (1, end - first if picks else len(ids), self.vocab_size)
+            logits = self._call(self._session, feeds, cache, np.empty(shape, self.signature.logits_dtype))[0]
             cache.ids.extend(int(i) for i in ids)
-        return logits
+        return np.asarray(logits if picks else logits[first:end], np.float32)
 
     def run_rows(self, ids: Sequence[int], lengths: Sequence[int], rows: KVCache) -> Logits:
         """Append a token to each of several texts, whose buffers lie side by side in `rows` and hold `lengths` tokens.
@@ -130,24 +181,70 @@ class Session:
         if self.signature.takes_positions:
             feeds[POSITION_IDS] = np.asarray(lengths, np.int64)[:, None]
         with self.lock:
-            logits = self._call(feeds, (len(ids), 1, self.vocab_size), rows)
+            made = np.empty((len(ids), 1, self.vocab_size), self.signature.logits_dtype)
+            logits = self._call(self._session, feeds, rows, made)
         return np.asarray(logits[:, 0], np.float32)
 
-    def _run(self, ids: npt.NDArray[np.int64], past: int, total: int, cache: KVCache, every_row: bool) -> Logits:
-        last_row_only = self.signature.picks_rows and not every_row
-        feeds = {INPUT_IDS: ids, ATTENTION_MASK: np.ones((1, total), np.int64)}
+    def room_to_guess(self, cache: KVCache, left: int) -> int:
+        """Tokens that may be guessed behind the next one when `left` more are wanted.
+
+        None where taking wrong ones back would copy the cache. One token's room is kept for a second row.
+        """
+        return min(left - 1, self.context_length - len(cache) - 2) if self.signature.cache.shared else 0
+
+    def checked(self, ids: Sequence[int], cache: KVCache) -> Iterator[Logits]:
+        """Logits [vocab_size] after each of `ids`: the next token, and guesses of what follows it, which may be wrong.
+
+        All at once, or one by one where the session does not speculate. The numbers are the same: kernels give other
+        last bits for one row than for several, however many those are, so a token is never run alone where guesses are.
+        """
+        if len(ids) == 1:
+            return iter(self.run(ids, cache))
+        if self.speculates and not self._rows_agree:
+            self._rows_agree = self.speculates = self._agree(ids, cache)
+        return iter(self.run(ids, cache, every_row=True)) if self.speculates else self._one_by_one(ids, cache)
+
+    def _one_by_one(self, ids: Sequence[int], cache: KVCache) -> Iterator[Logits]:
+        for token in ids:
+            logits = self._rows([token, token], cache, 0, 1)[0]
+            cache.truncate(len(cache) - 1)
+            yield logits
+
+    def _agree(self, ids: Sequence[int], cache: KVCache) -> bool:
+        """Whether this processor's kernels keep what `checked` promises: tried on the first guess."""
+        before = len(cache)
+        together = self.run(ids, cache, every_row=True)
+        cache.truncate(before)
+        alone = np.stack(list(self._one_by_one(ids, cache)))
+        cache.truncate(before)
+        return np.array_equal(together, alone)
+
+    def _append(self, graph: Any, ids: Sequence[int], cache: KVCache) -> None:
+        """Append `ids` to `cache` by a graph that gives no logits."""
+        with self.lock:
+            self._call(graph, self._feeds(ids, cache), cache)
+            cache.ids.extend(int(i) for i in ids)
+
+    def _feeds(self, ids: Sequence[int], cache: KVCache) -> dict[str, npt.NDArray[Any]]:
+        """Inputs of a run that appends `ids` to `cache`, which is made ready for it."""
+        if not len(ids):
+            raise UsageError("there are no tokens to run")
+        past, total = len(cache), len(cache) + len(ids)
+        if total > self.context_length:
+            raise ContextOverflowError(f"{total} tokens do not fit the model's context of {self.context_length}")
+        cache.reserve(total, self.context_length)
+        feeds = {INPUT_IDS: np.asarray([ids], np.int64), ATTENTION_MASK: np.ones((1, total), np.int64)}
         if self.signature.takes_positions:
             feeds[POSITION_IDS] = np.arange(past, total, dtype=np.int64)[None]
-        if last_row_only:
-            feeds[FIRST_LOGIT] = np.array([-1])
-        rows = 1 if last_row_only else ids.shape[1]
-        logits = self._call(feeds, (1, rows, self.vocab_size), cache)
-        return np.asarray(logits[0] if every_row else logits[0, -1:], np.float32)
+        return feeds
 
-    def _call(self, feeds: dict[str, npt.NDArray[Any]], shape: tuple[int, ...], cache: KVCache) -> npt.NDArray[Any]:
-        """One run: logits of `shape`. A shared cache is bound as input and output, a growing one takes what comes.
+    def _call(
+        self, graph: Any, feeds: dict[str, npt.NDArray[Any]], cache: KVCache, *logits: npt.NDArray[Any]
+    ) -> npt.NDArray[Any]:
+        """One run of a session, which fills `logits` where it has that output, and gives them.
 
-        io_binding would do, but refuses optional inputs.
+        A shared cache is bound as input and output, a growing one takes what comes. io_binding would do, but refuses
+        optional inputs.
         """
         state, value = self._ort.capi._pybind_state, self._ort.OrtValue.ortvalue_from_numpy
         held = [value(a) for a in feeds.values()]  # these must outlive the call
@@ -155,17 +252,16 @@ class Session:
         names, given = (cache.adapter.names, cache.adapter.values) if cache.adapter else ((), ())
         for v in (*held, *cache.buffers, *given):
             inputs.push_back(v._ortvalue)
-        logits = np.empty(shape, self.signature.logits_dtype)
-        shared = self.signature.cache.shared
-        bound = [value(logits), *cache.buffers] if shared else []
-        for v in bound:
+        shared, made = self.signature.cache.shared, [value(a) for a in logits]
+        for v in (*made, *cache.buffers) if shared else ():
             outputs.push_back(v._ortvalue)  # onnxruntime makes what is not given here
         names = (*feeds, *past_names(self.n_layer), *names)
-        self._session._sess.run_with_ortvaluevector(
-            self._run_options, names, inputs, self._output_names, outputs, self._devices
+        skipped = 1 - len(logits)
+        graph._sess.run_with_ortvaluevector(
+            self._run_options, names, inputs, self._output_names[skipped:], outputs, self._devices[skipped:]
         )
         if shared:
-            return logits
+            return logits[0] if logits else np.empty(0)
         rows, *presents = (self._ort.OrtValue(v) for v in outputs)
         cache.take(presents)
         return rows.numpy()
@@ -174,6 +270,7 @@ class Session:
         """Give the weights' memory back. Later runs raise BundleError."""
         with self.lock:
             self._session = _Closed()
+            self.__dict__["_prompt_graph"] = None
 
 
 class _Closed:
@@ -181,6 +278,10 @@ class _Closed:
 
     def __getattr__(self, name: str) -> Any:
         raise BundleError("this model has been closed; load it again")
+
+
+def _chunks(ids: Sequence[int]) -> list[Sequence[int]]:
+    return [ids[start : start + PREFILL_CHUNK] for start in range(0, len(ids), PREFILL_CHUNK)]
 
 
 def _verify_small_files(bundle: Bundle) -> list[str]:

@@ -1,6 +1,7 @@
 """What a graph's inputs and outputs say of its model, and config.json where they leave a size open.
 
-Graphs of other exporters name some sizes instead of giving them, and know nothing of first_logit; their caches grow.
+Graphs of other exporters name some sizes instead of giving them, and know nothing of the optional inputs; their
+caches grow.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from gptedge.bundle import GRAPH, Bundle
 from gptedge.errors import BundleError
 from gptedge.graph_io import (
     ATTENTION_MASK,
+    END_LOGIT,
     FIRST_LOGIT,
     INPUT_IDS,
     LOGITS,
@@ -50,7 +52,7 @@ class Signature:
     context_length: int
     takes_positions: bool
     picks_rows: bool
-    """It has first_logit."""
+    """It has first_logit and end_logit."""
 
 
 def read_signature(bundle: Bundle, session: Any, device: str) -> Signature:
@@ -78,7 +80,7 @@ def read_signature(bundle: Bundle, session: Any, device: str) -> Signature:
         logits_dtype=_DTYPES[outputs[LOGITS].type],
         context_length=context_length(sizes, bundle.path),
         takes_positions=POSITION_IDS in inputs,
-        picks_rows=FIRST_LOGIT in {i.name for i in session.get_overridable_initializers()},
+        picks_rows={FIRST_LOGIT, END_LOGIT} <= {i.name for i in session.get_overridable_initializers()},
     )
 
 

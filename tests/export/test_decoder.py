@@ -17,7 +17,7 @@ from gptedge.export.exporter import export
 from gptedge.families import FAMILIES, family_of
 from gptedge.quantize.quantizer import quantize
 from gptedge.runtime.batch import Rows
-from gptedge.runtime.session import Session
+from gptedge.runtime.session import PREFILL_AT_LEAST, Session
 from gptedge.train.model import GPT, Cache
 from tests.conftest import make_tokenizer
 
@@ -309,10 +309,16 @@ def test_last_row_alone_is_the_last_of_all(pair: tuple[torch.nn.Module, Path, Pa
 def test_int8_computes_nearly_the_same(pair: tuple[torch.nn.Module, Path, Path], tmp_path: Path) -> None:
     _, _, bundle = pair
     ids = ids_of(60)
-    quantize(bundle, tmp_path / "int8", recipe="int8")
+    quantize(bundle, tmp_path / "int8", recipe="int8", prefill="int8")
     plain, small = (Session(open_bundle(b)) for b in (bundle, tmp_path / "int8"))
     expected, got = (s.run(ids, s.new_cache(), every_row=True) for s in (plain, small))
     assert np.abs(got - expected).mean() <= 0.2 * expected.std()
+    caches = [s.new_cache() for s in (plain, small)]
+    for session, cache in zip((plain, small), caches, strict=True):
+        session.prefill(ids_of(PREFILL_AT_LEAST + 20), cache)
+    expected, got = (s.run(ids_of(30), c, every_row=True) for s, c in zip((plain, small), caches, strict=True))
+    assert np.abs(got - expected).mean() <= 0.2 * expected.std()
+    assert "_prompt_graph" in vars(small)
 
 
 def test_graph_of_a_stranger_sees_only_the_contract(pair: tuple[torch.nn.Module, Path, Path]) -> None:

@@ -1,0 +1,33 @@
+"""One measurement of llama-cpp-python in a process of its own, run by its Python. In and out: see speed.py."""
+
+import json
+import resource
+import sys
+import time
+
+work = json.load(sys.stdin)
+begin = time.perf_counter()
+from llama_cpp import Llama  # noqa: E402  (importing is part of loading)
+
+room = len(work["prompt"]) + work["new"] + len(work["second"]) + 2
+threads = {"n_threads": work["threads"], "n_threads_batch": work["threads"]}
+model = Llama(work["model"], n_ctx=room, verbose=False, **threads)
+loaded = time.perf_counter()
+
+
+def turn(prompt: list[int], new: int) -> tuple[list[int], float, float]:
+    """Tokens, seconds to the first, seconds of the others; what the prompt shares with the last turn is kept."""
+    start, first, out = time.perf_counter(), 0.0, []
+    for token in model.generate(prompt, temp=0.0, repeat_penalty=1.0):
+        first = first or time.perf_counter()
+        out.append(token)
+        if len(out) == new:
+            return out, first - start, time.perf_counter() - first
+    raise AssertionError("llama.cpp generates on and on")
+
+
+tokens, first_s, rest_s = turn(work["prompt"], work["new"])
+first_at = time.time() - rest_s
+second_s = turn([*work["prompt"], *tokens, *work["second"]], 1)[1] if work["second"] else None
+peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+print(json.dumps([loaded - begin, first_s, rest_s, tokens, first_at, second_s, peak_mb]))

@@ -1,0 +1,166 @@
+"""The graph for prompts: the same keys and values as the bundle's own, from 8-bit products, and when it is used."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from gptedge import load
+from gptedge.bundle import PREFILL, PREFILL_DATA, open_bundle
+from gptedge.errors import UsageError
+from gptedge.onnx_file import IR_VERSION, OPSETS, load_graph
+from gptedge.quantize.prefill import constants, integer_product
+from gptedge.quantize.quantizer import quantize
+from gptedge.runtime.kv_cache import KVCache
+from gptedge.runtime.onnx_runtime import import_onnxruntime
+from gptedge.runtime.session import PREFILL_AT_LEAST, PREFILL_CHUNK, Session
+from tests.conftest import TEXT
+
+LONG = 3 * PREFILL_AT_LEAST
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("calibration") / "text.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session", params=["int4-rtn", "int8", "int8-weight"])
+def prompted(request: pytest.FixtureRequest, tiny_bundle: Path, text: Path) -> Path:
+    out = tiny_bundle.parent / f"{request.param}-prefill"
+    return quantize(tiny_bundle, out, recipe=request.param, prefill="int8", calibration=text, threads=1).bundle
+
+
+def random_ids(session: Session, n: int) -> list[int]:
+    return np.random.default_rng(n).integers(0, session.vocab_size - 3, n).tolist()
+
+
+def contents(cache: KVCache) -> npt.NDArray[np.float32]:
+    """Keys and values of all layers, one after the other along the first axis."""
+    return np.concatenate([b.numpy()[0, :, : len(cache)] for b in cache.buffers])
+
+
+def difference(session: Session, n: int) -> float:
+    """How far the keys and values of n tokens are from the bundle's own graph's, as a part of their spread."""
+    ids = random_ids(session, n)
+    own, fast = session.new_cache(), session.new_cache()
+    for start in range(0, n, PREFILL_CHUNK):
+        session.run(ids[start : start + PREFILL_CHUNK], own)
+    session.prefill(ids, fast)
+    assert own.ids == fast.ids == ids
+    return float(np.sqrt(np.mean((contents(fast) - contents(own)) ** 2)) / contents(own).std())
+
+
+def test_keys_and_values_are_those_of_the_float_graph(tiny_bundle: Path, prompted: Path) -> None:
+    """Also where the bundle's own are further from them: its weights have 4 bits, the prompts' graph has 8."""
+    float_session, session = Session(open_bundle(tiny_bundle), threads=1), Session(open_bundle(prompted), threads=1)
+    ids = random_ids(session, LONG)
+    exact, own, fast = float_session.new_cache(), session.new_cache(), session.new_cache()
+    float_session.run(ids, exact)
+    session.run(ids, own)
+    session.prefill(ids, fast)
+    if prompted.name == "int8-prefill":  # smoothing has scaled its values
+        exact = own
+
+    def error(cache: KVCache) -> float:
+        difference = contents(cache)[:, :-1] - contents(exact)[:, :-1]  # the last token is the own graph's
+        return float(np.sqrt(np.mean(difference**2)) / contents(exact).std())
+
+    assert 0 < error(fast) < 0.05
+    assert "int4" not in prompted.name or error(own) > 2 * error(fast)
+
+
+def test_when_it_is_used(prompted: Path) -> None:
+    """From a length on that is the same each time; a short prompt never opens the second graph."""
+    session = Session(open_bundle(prompted), threads=1)
+    assert difference(session, PREFILL_AT_LEAST) == 0
+    assert "_prompt_graph" not in vars(session)
+    assert difference(session, PREFILL_AT_LEAST + 1) > 0
+    assert difference(session, PREFILL_CHUNK + 2) > 0
+
+
+def test_the_last_token_is_the_own_graphs(prompted: Path) -> None:
+    session = Session(open_bundle(prompted), threads=1)
+    ids, cache = random_ids(session, LONG), session.new_cache()
+    logits = session.prefill(ids, cache)
+    cache.truncate(LONG - 1)
+    np.testing.assert_array_equal(logits, session.run(ids[-1:], cache)[0])
+
+
+def test_it_can_be_stopped_and_closed(prompted: Path) -> None:
+    session = Session(open_bundle(prompted), threads=1)
+    stop = threading.Event()
+    stop.set()
+    cache = session.new_cache()
+    assert session.prefill(random_ids(session, LONG), cache, stop=stop) is None
+    assert len(cache) == 0
+    session.close()
+
+
+def test_files(tiny_bundle: Path, prompted: Path) -> None:
+    """The table is not stored again, no logits are computed, and the recipe's own size is what it is without."""
+    graph, bundle = load_graph(prompted / PREFILL), open_bundle(prompted)
+    assert {o.name.partition(".")[0] for o in graph.graph.output} == {"present"}
+    weights = [t for t in graph.graph.initializer if t.data_location == TensorProto.EXTERNAL]
+    elsewhere = [t.name for t in weights if t.external_data[0].value != PREFILL_DATA]
+    assert {name.partition(".")[0] for name in elsewhere} <= {"embed"}
+    layers = sum(
+        np.prod(t.dims) for t in load_graph(tiny_bundle / "model.onnx").graph.initializer if "blocks." in t.name
+    )
+    assert (prompted / PREFILL_DATA).stat().st_size < 1.2 * layers
+    assert bundle.manifest is not None
+    assert bundle.manifest["prefill"] == "int8"
+    assert PREFILL_DATA in bundle.manifest["files"]
+    plain = prompted.parent / prompted.name.removesuffix("-prefill")
+    if plain.exists():
+        assert open_bundle(plain).size_bytes == bundle.size_bytes
+
+
+def test_same_bytes_twice(tiny_bundle: Path, prompted: Path, text: Path, tmp_path: Path) -> None:
+    recipe = prompted.name.removesuffix("-prefill")
+    quantize(tiny_bundle, tmp_path / "again", recipe=recipe, prefill="int8", calibration=text, threads=1)
+    for file in sorted(f.name for f in prompted.iterdir()):
+        assert (tmp_path / "again" / file).read_bytes() == (prompted / file).read_bytes(), file
+
+
+def test_without_calibration_text_the_model_writes_its_own(tiny_bundle: Path, tmp_path: Path) -> None:
+    quantize(tiny_bundle, tmp_path / "out", recipe="int4-rtn", prefill="int8", threads=1)
+    with load(tmp_path / "out", threads=1) as model:
+        assert len(model.run(TEXT[:300], max_tokens=4).token_ids) == 4
+
+
+def test_unknown_prefill(tiny_bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="'int4'; it must be one of int8"):
+        quantize(tiny_bundle, tmp_path / "out", recipe="int8", prefill="int4")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_product_does_not_saturate(sign: int) -> None:
+    """At the ends of both ranges, where sums of signed and unsigned bytes overflow 16 bits without VNNI."""
+    k, n = 64, 8
+    x, weights = np.full((1, 3, k), 5.0, np.float32), np.full((k, n), 128 + sign * 127, np.uint8)
+    x[0, 2] = np.linspace(-5, 5, k)
+    node = helper.make_node("FusedMatMul", ["x", "w"], ["y"], name="p", transB=1)
+    nodes = list(integer_product(node, "w"))
+    scales = np.linspace(0.5, 2, n, dtype=np.float32)
+    made = [onnx.numpy_helper.from_array(a, name) for a, name in ((weights, "w.prefill"), (scales, "w.prefill.scales"))]
+    graph = helper.make_graph(
+        nodes,
+        "product",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, None, k])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [*made, *constants()],
+    )
+    model = helper.make_model(graph, opset_imports=OPSETS, ir_version=IR_VERSION)
+    session = import_onnxruntime().InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    step = 5 / 127
+    wanted = np.rint(x / step) * step @ np.full((k, n), sign * 127.0) * scales
+    np.testing.assert_allclose(session.run(None, {"x": x})[0], wanted, rtol=1e-5, atol=1e-2)

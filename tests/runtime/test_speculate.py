@@ -1,0 +1,148 @@
+"""Guessing changes no token: with and without it, replies are the same to the last bit; and guesses are sensible."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gptedge.bundle import open_bundle
+from gptedge.config import SamplingParams
+from gptedge.runtime.generate import steps
+from gptedge.runtime.session import Session
+from gptedge.runtime.speculate import LONGEST, PromptLookup
+from tests.conftest import prepared_prompts
+
+PARAMS: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0},
+    "sampled": {"temperature": 0.7, "top_p": 0.9},
+    "penalties": {"temperature": 0.5, "repetition_penalty": 1.1, "frequency_penalty": 0.2},
+    "logprobs": {"temperature": 0, "logprobs": 3},
+}
+
+
+@pytest.fixture
+def learned(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """How many tokens each guess had, and how many were right."""
+    seen: list[tuple[int, int]] = []
+    learn = PromptLookup.learn
+
+    def note(self: PromptLookup, guessed: int, right: int) -> None:
+        seen.append((guessed, right))
+        learn(self, guessed, right)
+
+    monkeypatch.setattr(PromptLookup, "learn", note)
+    return seen
+
+
+def reply(session: Session, prompt: list[int], max_tokens: int, **settings: Any) -> tuple[list, list[int], np.ndarray]:
+    """What `steps` gives; then the tokens in the cache, and its keys and values."""
+    cache = session.new_cache()
+    params = SamplingParams(max_tokens=max_tokens, seed=5, **settings)
+    got = list(steps(session, cache, prompt, params, threading.Event()))
+    return got, list(cache.ids), np.concatenate([b.numpy()[:, :, : len(cache)] for b in cache.buffers])
+
+
+@pytest.mark.parametrize("name", PARAMS)
+def test_the_same_tokens_to_the_last_bit(quantized_bundle: Path, name: str, learned: list[tuple[int, int]]) -> None:
+    """Of a random model, whose replies fall into loops; over 4 recipes x 4 settings x 25 prompts."""
+    bundle = open_bundle(quantized_bundle)
+    fast, slow = Session(bundle, threads=1), Session(bundle, threads=1, speculate=False)
+    for prompt in prepared_prompts(fast.vocab_size, 25):
+        got, wanted = (reply(session, prompt, 48, **PARAMS[name]) for session in (fast, slow))
+        assert got[:2] == wanted[:2]
+        np.testing.assert_array_equal(got[2], wanted[2])
+    assert fast.speculates, "several rows do not agree with two on this processor"
+    assert any(right == guessed > 3 for guessed, right in learned) or name != "greedy"
+    assert any(right < guessed for guessed, right in learned)
+
+
+def test_float_models_too(tiny_bundle: Path) -> None:
+    bundle = open_bundle(tiny_bundle)
+    fast, slow = Session(bundle, threads=1), Session(bundle, threads=1, speculate=False)
+    for prompt in prepared_prompts(fast.vocab_size, 10):
+        assert reply(fast, prompt, 48, temperature=0)[0] == reply(slow, prompt, 48, temperature=0)[0]
+
+
+def test_up_to_the_contexts_end(tiny_bundle: Path) -> None:
+    session = Session(open_bundle(tiny_bundle), threads=1)
+    prompt = prepared_prompts(session.vocab_size, 1)[0] * 20
+    left = session.context_length - 40
+    got, ids, _ = reply(session, prompt[:40], left, temperature=0)
+    assert len(got) == left
+    assert len(ids) == session.context_length - 1
+
+
+@pytest.mark.parametrize("wanted", [1, 2, 7, 20])
+def test_stopping_anywhere_leaves_the_tokens_before_the_last(tiny_bundle: Path, wanted: int) -> None:
+    """By the caller, who closes it, and by cancelling."""
+    session = Session(open_bundle(tiny_bundle), threads=1)
+    prompt = prepared_prompts(session.vocab_size, 1)[0]
+    all_tokens = [token for token, _ in reply(session, prompt, 48, temperature=0)[0]]
+    for cancels in (False, True):
+        cache, cancelled = session.new_cache(), threading.Event()
+        stream: Iterator = steps(session, cache, prompt, SamplingParams(max_tokens=48, temperature=0), cancelled)
+        got = [next(stream)[0] for _ in range(wanted)]
+        if cancels:
+            cancelled.set()
+            assert list(stream) == []
+        else:
+            stream.close()  # type: ignore[attr-defined]
+        assert got == all_tokens[:wanted]
+        assert cache.ids == [*prompt, *got[:-1]]
+
+
+def test_kernels_that_disagree_end_the_guessing(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = open_bundle(tiny_bundle)
+    fast, slow = Session(bundle, threads=1), Session(bundle, threads=1, speculate=False)
+    run = Session.run
+
+    def noisy(self: Session, ids: Any, cache: Any, *, every_row: bool = False) -> Any:
+        return run(self, ids, cache, every_row=every_row) * np.float32(1 + 1e-6 * (len(ids) > 1 and every_row))
+
+    prompt = prepared_prompts(fast.vocab_size, 1)[0]
+    wanted = reply(slow, prompt, 48, temperature=0)
+    monkeypatch.setattr(Session, "run", noisy)
+    assert reply(fast, prompt, 48, temperature=0)[0] == wanted[0]
+    assert not fast.speculates
+
+
+def test_guesses_go_on_as_the_text_did() -> None:
+    lookup = PromptLookup([1, 2, 3, 4, 5, 6, 9, 1, 2, 3])
+    assert lookup.guess(10) == [4, 5, 6]
+    assert lookup.guess(2) == [4, 5]
+    assert lookup.guess(0) == lookup.guess(-1) == []
+    lookup.append(7)
+    assert lookup.guess(10) == []
+    for token in (1, 2, 3):
+        lookup.append(token)
+    assert lookup.guess(10) == [7, 1, 2]  # the latest time
+
+
+def test_a_loop_goes_on_as_long_as_it_is_trusted() -> None:
+    lookup = PromptLookup([8, 9] * 4)
+    for length in (3, 7, 15, LONGEST, LONGEST):
+        guess = lookup.guess(100)
+        assert guess == ([8, 9] * LONGEST)[:length]
+        lookup.learn(length, length)
+
+
+def test_bad_guesses_make_it_careful_and_good_ones_bold() -> None:
+    lookup = PromptLookup([1, 2, 3, 4, 5, 6, 7, 8, 1, 2, 3, 4])
+    lookup.learn(3, 0)
+    assert lookup.guess(9) == [5]
+    lookup.learn(1, 0)
+    assert lookup.guess(9) == []  # four alike are too few now
+    lookup.append(5)
+    assert lookup.guess(9) == [6]
+    lookup.learn(1, 1)
+    assert lookup.guess(9) == [6, 7, 8]
+
+
+def test_texts_too_short_to_look_anything_up() -> None:
+    for n in range(4):
+        assert PromptLookup([1] * n).guess(5) == []
