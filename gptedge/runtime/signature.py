@@ -31,7 +31,9 @@ from gptedge.graph_io import (
 )
 from gptedge.runtime.kv_cache import CacheLayout
 
-_DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+_DTYPES: dict[str, npt.DTypeLike] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+_CACHE_DTYPES: dict[str, npt.DTypeLike] = {**_DTYPES, "tensor(int8)": np.int8}
+"""The scales of an int8 cache are the graph's own."""
 _APPENDS_IN_PLACE = b"GroupQueryAttention"
 """The one operator that writes new keys and values into the very buffer that holds the old ones."""
 
@@ -65,14 +67,15 @@ def read_signature(bundle: Bundle, session: Any, device: str) -> Signature:
     n_layer = sum(name.startswith(PAST_PREFIX) for name in inputs) // 2
     _check_names(bundle, inputs, outputs, n_layer)
     past = [inputs[name] for name in past_names(n_layer)]
-    for value in (*past, outputs[LOGITS]):
-        _check_kind(bundle, value, 3 if value.name == LOGITS else 4)
+    for value in past:
+        _check_kind(bundle, value, 4, _CACHE_DTYPES)
+    _check_kind(bundle, outputs[LOGITS], 3, _DTYPES)
     sizes = _sizes(bundle)
     return Signature(
         n_layer=n_layer,
         cache=CacheLayout(
             shapes=tuple((_dim(p, 1, sizes, _N_KV_HEAD, bundle), _dim(p, 3, sizes, _HEAD_DIM, bundle)) for p in past),
-            dtype=_DTYPES[past[0].type],
+            dtype=_CACHE_DTYPES[past[0].type],
             shared=shares_buffer(bundle),
             device=device,
         ),
@@ -111,11 +114,11 @@ def _check_names(bundle: Bundle, inputs: Mapping[str, Any], outputs: Mapping[str
         raise BundleError(f"{bundle.path / GRAPH} asks for the input {other[0]}, which gptedge does not know")
 
 
-def _check_kind(bundle: Bundle, value: Any, rank: int) -> None:
-    if value.type not in _DTYPES or len(value.shape) != rank:
+def _check_kind(bundle: Bundle, value: Any, rank: int, dtypes: Mapping[str, npt.DTypeLike]) -> None:
+    if value.type not in dtypes or len(value.shape) != rank:
         raise BundleError(
             f"{bundle.path / GRAPH}: {value.name} is {value.type} of {len(value.shape)} dimensions; "
-            f"{' or '.join(_DTYPES)} of {rank} is needed"
+            f"{' or '.join(dtypes)} of {rank} is needed"
         )
 
 
