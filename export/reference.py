@@ -65,17 +65,9 @@ class Reference:
             q, k = self.norm(q, f"{block}.q_norm"), self.norm(k, f"{block}.k_norm")
         if c.position == "rope":
             q, k = self.rotate(q, c.rope_of(i)), self.rotate(k, c.rope_of(i))
-        group = c.n_head // c.n_kv_head
-        k, v = np.repeat(k, group, 1), np.repeat(v, group, 1)  # [T, H, E]
-        scores = np.einsum("the,she->hts", q, k) * np.float32(c.attn_scale or 1 / math.sqrt(c.head_dim))
-        if c.attn_softcap is not None:
-            scores = np.float32(c.attn_softcap) * np.tanh(scores / np.float32(c.attn_softcap))
-        seen = np.tril(np.ones((n, n), bool))
-        if c.window(i):
-            seen &= ~np.tril(seen, -c.window(i))  # position t sees t - window + 1 … t
-        scores[:, ~seen] = -np.inf
-        scores = np.exp(scores - scores.max(-1, keepdims=True))
-        y = np.einsum("hts,she->the", scores / scores.sum(-1, keepdims=True), v)
+        q, k, v = (part.swapaxes(0, 1) for part in (q, k, v))  # [H | K, T, E]
+        weights = attention_weights(q, k, window=c.window(i), scale=c.attn_scale, softcap=c.attn_softcap)
+        y = (weights @ np.repeat(v, len(q) // len(v), 0)).swapaxes(0, 1)  # [T, H, E]
         return self.linear(y.reshape(n, -1), f"{block}.o")
 
     def rotate(self, x: FloatArray, c: ModelConfig) -> FloatArray:
@@ -105,3 +97,23 @@ class Reference:
     def product(self, x: FloatArray, name: str) -> FloatArray:
         """x @ W.T, a few MB of W at a time."""
         return np.concatenate([x @ piece.T for piece in self.w[name].pieces()], axis=-1)
+
+
+def attention_weights(
+    q: FloatArray, k: FloatArray, *, window: int = 0, scale: float | None = None, softcap: float | None = None
+) -> FloatArray:
+    """How each of T queries [H, T, E] spreads its attention over the keys [K, T, E] up to its own, [H, T, T].
+
+    With a window, position t sees t - window + 1 … t.
+    """
+    k = np.repeat(k, len(q) // len(k), 0)  # [H, T, E]
+    scores = q @ k.swapaxes(1, 2) * np.float32(scale or 1 / math.sqrt(q.shape[-1]))
+    if softcap is not None:
+        scores = np.float32(softcap) * np.tanh(scores / np.float32(softcap))
+    seen = np.tril(np.ones(scores.shape[1:], bool))
+    if window:
+        seen &= ~np.tril(seen, -window)
+    scores[:, ~seen] = -np.inf
+    scores = np.exp(scores - scores.max(-1, keepdims=True))
+    weights: FloatArray = scores / scores.sum(-1, keepdims=True)
+    return weights

@@ -6,44 +6,36 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 
+from gptedge.page import html_page, section
 from gptedge.quantize.report import BundleReport, Difference, Guess, Piece, ReportData, RunReport
 from gptedge.quantize.report_charts import Point, curve, scatter
 from gptedge.quantize.report_weights import WeightError
 
 _COLOURS = 6  # classes s0 to s5 in the style sheet
 _SHADES = (0.25, 0.75, 2.0, 4.0)  # nats from which a token of an excerpt is marked more strongly
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
 def page(data: ReportData, *, version: str) -> str:
     """The whole page."""
-    style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
-    title = _title(data)
-    body = "\n".join(_sections(data))
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
-        f'<meta name="color-scheme" content="light dark">\n<title>{escape(title)}</title>\n'
-        f"<style>\n{style}</style>\n</head>\n<body>\n<main>\n"
-        f'<header>\n<p class="eyebrow">gptedge report</p>\n<h1>{escape(title)}</h1>\n{_lede(data)}</header>\n'
-        f"{body}\n</main>\n<footer>{_footer(data, version)}</footer>\n</body>\n</html>\n"
+    return html_page(
+        title=_title(data),
+        eyebrow="gptedge report",
+        lede=_lede(data),
+        body="\n".join(_sections(data)),
+        footer=_footer(data, version),
+        style=Path(__file__).with_name("report.css"),
     )
 
 
 def _sections(data: ReportData) -> Iterator[str]:
     if data.bundles:
-        yield _section("figures", "Size, quality, speed", _table(data.bundles) + _plot(data))
+        yield section("figures", "Size, quality, speed", _table(data.bundles) + _plot(data))
     measured = [b for b in data.bundles if not b.is_reference]
     if measured:
-        yield _section("weights", "Where rounding hurts: the error of each weight", "".join(map(_heat_map, measured)))
-        yield _section("tokens", "Where the models part", _differences(data, measured))
+        yield section("weights", "Where rounding hurts: the error of each weight", "".join(map(_heat_map, measured)))
+        yield section("tokens", "Where the models part", _differences(data, measured))
     if data.runs:
-        yield _section("training", "Training", "".join(map(_run, data.runs)))
-
-
-def _section(name: str, title: str, inside: str) -> str:
-    return f'<section aria-labelledby="{name}">\n<h2 id="{name}">{title}</h2>\n{inside}</section>'
+        yield section("training", "Training", "".join(map(_run, data.runs)))
 
 
 def _title(data: ReportData) -> str:

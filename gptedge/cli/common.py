@@ -12,9 +12,10 @@ from typing import Annotated, Any
 
 import typer
 
-from gptedge.errors import MissingExtraError, UsageError
+from gptedge.errors import MissingExtraError, OutputExistsError, UsageError
 from gptedge.interrupts import interrupts_held
 from gptedge.progress import Report
+from gptedge.text import decode_utf8
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
@@ -74,6 +75,32 @@ def one_of(option: str, value: str, known: Iterable[str]) -> None:
     known = list(known)
     if value not in known:
         raise UsageError(f"{option} is {value!r}{nearest(value, known)}")
+
+
+def text_argument(argument: str | None) -> str:
+    """The text given, or standard input for - or nothing. Raises UsageError where nobody pipes to it."""
+    if argument is not None and argument != "-":
+        return argument
+    if argument is None and sys.stdin.isatty():
+        raise UsageError("there is no prompt; give one, or - to read it from standard input")
+    return decode_utf8(sys.stdin.buffer.read(), "standard input")
+
+
+def check_page(out: Path, *, force: bool) -> None:
+    """Refuse early where `write_page` would overwrite something."""
+    if out.is_dir():
+        raise UsageError(f"{out} is a folder, and the page is a file; choose another name for it")
+    if out.exists() and not force:
+        raise OutputExistsError(f"{out} exists already; choose another output or add --force")
+
+
+def write_page(out: Path, html: str) -> None:
+    """A page that is there whole or not at all."""
+    from gptedge.files import new_file
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with new_file(out) as work:
+        work.write_text(html, encoding="utf-8")
 
 
 @contextmanager

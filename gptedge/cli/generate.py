@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,10 +22,10 @@ from gptedge.cli.common import (
     TopK,
     TopP,
     say_dropped,
+    text_argument,
 )
 from gptedge.config import SamplingParams
 from gptedge.errors import UsageError
-from gptedge.text import decode_utf8
 
 if TYPE_CHECKING:
     from gptedge.runtime.generate import Stream
@@ -74,7 +73,7 @@ def command(
     )
     if system is not None and not chat:
         raise UsageError("--system needs --chat: without a chat template there is no place for a system message")
-    text = _prompt(prompt)
+    text = text_argument(prompt)
     from gptedge.model import load
 
     start = time.perf_counter()
@@ -84,14 +83,6 @@ def command(
         stream = model.chat(system=system).stream(text, **vars(params)) if chat else model.stream(text, params)
         _print_json(stream, load_ms, model.session.provider) if as_json else _print_text(stream)
         say_dropped(stream.result.usage.dropped_tokens)
-
-
-def _prompt(argument: str | None) -> str:
-    if argument is not None and argument != "-":
-        return argument
-    if argument is None and sys.stdin.isatty():
-        raise UsageError("there is no prompt; give one, or - to read it from standard input")
-    return decode_utf8(sys.stdin.buffer.read(), "standard input")
 
 
 def _print_text(stream: Stream) -> None:

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gptedge.cli.common import Force, Json, Threads, emit, needs, progress
-from gptedge.errors import OutputExistsError, UsageError
+from gptedge.cli.common import Force, Json, Threads, check_page, emit, needs, progress, write_page
 
 if TYPE_CHECKING:
     from gptedge.quantize.report import ReportData
@@ -32,7 +31,7 @@ def command(
     as_json: Json = False,
 ) -> None:
     """Set bundles side by side on one HTML page: size, quality, speed, where rounding hurts."""
-    _check_out(out, force=force)
+    check_page(out, force=force)
     with needs("quantize"):
         from gptedge.quantize.report import collect
     from gptedge.evaluate.divergence import DEFAULT_CONTEXT
@@ -50,25 +49,11 @@ def command(
             threads=threads,
             report=report,
         )
-    _write(out, data)
-    emit({"page": str(out), **data.as_json()}, as_json=as_json, lines=[f"{out}: {_what(data)}"])
-
-
-def _check_out(out: Path, *, force: bool) -> None:
-    if out.is_dir():
-        raise UsageError(f"{out} is a folder, and the page is a file; choose another --out")
-    if out.exists() and not force:
-        raise OutputExistsError(f"{out} exists already; choose another output or add --force")
-
-
-def _write(out: Path, data: ReportData) -> None:
     from gptedge import __version__
-    from gptedge.files import new_file
     from gptedge.quantize.report_page import page
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with new_file(out) as work:
-        work.write_text(page(data, version=__version__), encoding="utf-8")
+    write_page(out, page(data, version=__version__))
+    emit({"page": str(out), **data.as_json()}, as_json=as_json, lines=[f"{out}: {_what(data)}"])
 
 
 def _what(data: ReportData) -> str:

@@ -85,6 +85,18 @@ def attention(
     4096 tokens, 256 wide, AVX2), less than it would cost in names. Flash attention with `enable_gqa`: 54 ms,
     with repeated heads 59, written out 184.
     """
+    q, k, v = queries_keys_values(c, layer, x, rope)
+    if cache is not None:
+        k, v = cache.extend(i, k, v)  # [B, K, S, D]
+    y = attend(q, k, v, window=c.window(i), scale=c.attn_scale, softcap=c.attn_softcap, same=same)  # [B, H, T, D]
+    out: Tensor = layer.o(y.transpose(1, 2).flatten(2))
+    return out
+
+
+def queries_keys_values(
+    c: ModelConfig, layer: Attention, x: Tensor, rope: Rope | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """[B, T, C] -> normalised and rotated, [B, H, T, D] and twice [B, K, T, D]."""
     b, t, _ = x.shape
     q, k, v = layer.q(x), layer.k(x), layer.v(x)
     if c.qk_norm_joint:
@@ -95,13 +107,7 @@ def attention(
     if c.qk_norm and not c.qk_norm_joint:
         q, k = norm(c, layer.q_norm, q).to(v.dtype), norm(c, layer.k_norm, k).to(v.dtype)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, H|K, T, D]
-    if rope is not None:
-        q, k = rotate(q, rope), rotate(k, rope)
-    if cache is not None:
-        k, v = cache.extend(i, k, v)  # [B, K, S, D]
-    y = attend(q, k, v, window=c.window(i), scale=c.attn_scale, softcap=c.attn_softcap, same=same)  # [B, H, T, D]
-    out: Tensor = layer.o(y.transpose(1, 2).reshape(b, t, c.q_size))
-    return out
+    return (q, k, v) if rope is None else (rotate(q, rope), rotate(k, rope), v)
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
@@ -127,24 +133,38 @@ def attend(
     With a window, only the last `window` of them; with `same` [B, 1, T, S], only those where it is true.
     """
     t, s = q.shape[2], k.shape[2]
-    mask = None
-    if 1 < t < s or 0 < window < s or softcap is not None or same is not None:
-        mask = torch.ones(t, s, dtype=torch.bool, device=q.device).tril(s - t)
-        mask = mask & ~mask.tril(s - t - window) if window else mask
-        mask = mask if same is None else mask & same
-    if softcap is not None and mask is not None:
-        return _attend_capped(q, k, v, mask, scale, softcap)
+    if softcap is not None:  # PyTorch's own has no such bound
+        weights = attention_weights(q, k, window=window, scale=scale, softcap=softcap, same=same)
+        return weights @ v.repeat_interleave(q.shape[1] // v.shape[1], 1)
+    needs_mask = 1 < t < s or 0 < window < s or same is not None
+    mask = _visible(q, k, window, same) if needs_mask else None
     causal = mask is None and t == s
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=True)
 
 
-def _attend_capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None, softcap: float) -> Tensor:
-    """Attention written out, whose scores are softly bounded; PyTorch's own has no such bound."""
-    group = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)  # [B, H, S, D]
+def attention_weights(
+    q: Tensor,
+    k: Tensor,
+    *,
+    window: int = 0,
+    scale: float | None = None,
+    softcap: float | None = None,
+    same: Tensor | None = None,
+) -> Tensor:
+    """How each query spreads its attention over the keys, [B, H, T, S]; written out, and so the oracle of `attend`."""
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)  # [B, H, S, D]
     scores = q @ k.transpose(2, 3) * (scale or q.shape[-1] ** -0.5)  # [B, H, T, S]
-    scores = softcap * torch.tanh(scores / softcap)
-    return scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    return scores.masked_fill(~_visible(q, k, window, same), -torch.inf).softmax(-1)
+
+
+def _visible(q: Tensor, k: Tensor, window: int, same: Tensor | None) -> Tensor:
+    """Which of the S keys each of the T queries sees, bool [T, S], or [B, 1, T, S] with `same`."""
+    t, s = q.shape[2], k.shape[2]
+    mask = torch.ones(t, s, dtype=torch.bool, device=q.device).tril(s - t)
+    mask = mask & ~mask.tril(s - t - window) if window else mask
+    return mask if same is None else mask & same
 
 
 def mlp(c: ModelConfig, layer: MLP, x: Tensor) -> Tensor:
