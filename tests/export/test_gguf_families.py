@@ -29,7 +29,7 @@ from gptedge.export.sources.gguf_file import open_gguf
 from gptedge.runtime.session import Session
 from gptedge.train.model import GPT
 from tests.conftest import make_tokenizer
-from tests.export.test_gguf import interleave, save
+from tests.export.gguf_files import interleave, save
 
 VOCAB = 347
 Settings = dict[str, Any]

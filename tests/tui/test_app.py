@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from textual.widgets import Markdown
-from textual.widgets.markdown import MarkdownFence
 from tui_fakes import FakeModel, Turn
 
 from gptedge.errors import BundleError, ContextOverflowError
 from gptedge.tui import store
 from gptedge.tui.app import CONTINUATION
-from gptedge.tui.transcript import AssistantMessage, Note, UserMessage
+from gptedge.tui.transcript import Note, UserMessage
 
 
 def words(n: int) -> list[str]:
@@ -236,101 +232,6 @@ async def test_a_load_error_ends_the_app_with_it(drive: Any) -> None:
     assert isinstance(d.app.return_value, BundleError)
 
 
-async def test_markup_and_html_are_shown_as_they_are(drive: Any) -> None:
-    async with drive(FakeModel([Turn(["[red]not red[/red] and <b>not bold</b>\n\n<div>a block</div>"])])) as d:
-        await d.ready()
-        await d.send("[bold]plain[/bold] [oops")
-        for text in ("[bold]plain[/bold] [oops", "[red]not red[/red]", "<b>not bold</b>", "<div>a block</div>"):
-            assert text in d.screen
-
-
-async def test_a_code_fence_cut_anywhere_ends_up_as_one_block(drive: Any) -> None:
-    # While it comes piece by piece, Textual makes two lists of this one.
-    reply = "1. Look:\n\n   ```python\n   for x in [1, 2]:\n\n       print(x)\n   ```\n2. Done.\n"
-    async with drive(FakeModel([Turn(list(reply), delay=0.002)])) as d:
-        await d.ready()
-        await d.send("code")
-        await d.until(lambda: len(d.app.query("MarkdownOrderedList")) == 1)
-        assert d.app.query_one(MarkdownFence).code == "for x in [1, 2]:\n\n    print(x)"
-        assert "```" not in d.screen
-        assert "    print(x)" in d.screen
-        assert len(d.replies[0].query(Markdown)) == 1
-
-
-async def test_lines_of_a_poem_stay_lines(drive: Any) -> None:
-    async with drive(FakeModel([Turn(["Roses are red,\nviolets are blue."])])) as d:
-        await d.ready()
-        await d.send("poem")
-        assert "red, violets" not in d.screen
-
-
-async def test_wide_characters(drive: Any) -> None:
-    async with drive(FakeModel([Turn(["重力", "是", "👩‍🚀🎉", "一種力"])]), size=(40, 20)) as d:
-        await d.ready()
-        await d.send("什麼是重力？🌍")
-        assert "什麼是重力？🌍" in d.screen
-        assert "重力是" in d.screen
-        assert d.replies[0].text == "重力是👩‍🚀🎉一種力"
-
-
-async def test_a_very_long_reply_leaves_the_keyboard_alive(drive: Any, monkeypatch: Any) -> None:
-    pieces = [f"word{i} " + ("\n\n" if i % 40 == 39 else "") for i in range(5000)]
-    shown: list[str] = []
-    append = AssistantMessage.append
-
-    async def counted(self: AssistantMessage, text: str) -> None:
-        shown.append(text)
-        await append(self, text)
-
-    monkeypatch.setattr(AssistantMessage, "append", counted)
-    async with drive(FakeModel([Turn(pieces, delay=0.0006)]), size=(60, 12)) as d:
-        await d.ready()
-        await d.send("long", wait=False)
-        await d.until(lambda: d.app.reply is not None)
-        watch = asyncio.create_task(_longest_stall())
-        while d.app.reply is not None:
-            await d.pilot.press("x")
-        watch.cancel()
-        await d.idle()
-        assert len(d.app.composer.text) > 1
-        assert d.app.composer.text.strip("x") == ""
-        assert d.replies[0].text == "".join(pieces)
-        await d.until(lambda: "word4999" in d.screen)  # it followed the end
-    assert 2 < len(shown) < 500
-    assert await watch < 0.5
-
-
-async def _longest_stall() -> float:
-    """Until cancelled: the longest that the event loop was away, in seconds of its own thread's processor time."""
-    longest = 0.0
-    with suppress(asyncio.CancelledError):
-        while True:
-            await asyncio.sleep(0.005)
-            start = time.thread_time()
-            await asyncio.sleep(0)  # whatever else is ready runs now
-            longest = max(longest, time.thread_time() - start)
-    return longest
-
-
-async def test_scrolling_up_while_text_comes_is_respected(drive: Any) -> None:
-    gate = threading.Event()
-    pieces = [f"line {i}\n\n" for i in range(60)]
-    async with drive(FakeModel([Turn(pieces, gate=gate, gate_at=40)])) as d:
-        await d.ready()
-        await d.send("long", wait=False)
-        await d.until(lambda: "line 39" in d.screen)
-        await d.pilot.press("pageup", "pageup")
-        await d.pilot.pause(0.1)
-        before = d.app.transcript.scroll_y
-        gate.set()
-        await d.idle()
-        await d.pilot.pause(0.2)
-        assert d.app.transcript.scroll_y == before
-        assert "line 59" not in d.screen
-        await d.pilot.press("ctrl+end")
-        await d.until(lambda: "line 59" in d.screen)
-
-
 async def test_quitting_while_a_reply_runs(drive: Any) -> None:
     model = FakeModel([Turn(words(2000), delay=0.005)])
     async with drive(model) as d:
@@ -401,90 +302,3 @@ async def test_an_empty_reply_is_visible(drive: Any) -> None:
         await d.ready()
         await d.send("q")
         assert "empty reply" in d.screen
-
-
-async def test_a_second_question_waits_in_the_box(drive: Any) -> None:
-    gate = threading.Event()
-    model = FakeModel([Turn(["a", "b"], gate=gate, gate_at=1)])
-    async with drive(model) as d:
-        await d.ready()
-        await d.send("one", wait=False)
-        await d.until(lambda: d.app.reply is not None)
-        await d.send("two", wait=False)
-        await d.until(lambda: "Esc stops the reply first" in d.screen)
-        assert d.app.composer.text == "two"
-        gate.set()
-        await d.idle()
-    assert len(model.asked) == 1
-
-
-async def test_keys_of_the_box(drive: Any) -> None:
-    async with drive(FakeModel([Turn(["ok"])])) as d:
-        await d.ready()
-        await d.pilot.press("a", "ctrl+j", "b", "shift+enter", "c")
-        assert d.app.composer.text == "a\nb\nc"
-        assert d.app.composer.size.height == 3
-        await d.pilot.press("enter")
-        await d.idle()
-        await d.send("later")
-        box = d.app.composer
-        await d.pilot.press("up")
-        assert box.text == "later"
-        await d.pilot.press("up")
-        assert box.text == "a\nb\nc"
-        await d.pilot.press("up")  # within the text now
-        assert box.text == "a\nb\nc"
-        await d.pilot.press("end", "!", "up", "up", "up")
-        assert box.text == "a\nb!\nc"  # what was changed is not replaced
-        box.load_text("")
-        await d.pilot.press("up", "down")
-        assert box.text == ""
-        await d.pilot.press("enter")  # nothing to send
-        await d.pilot.pause()
-        assert len(d.replies) == 2
-
-
-async def test_keys_typed_fast_are_sent_in_order(drive: Any) -> None:
-    model = FakeModel([Turn(["ok"])])
-    async with drive(model) as d:
-        await d.ready()
-        for key in "quick fox":  # without waiting for each to arrive, as a paste or a fast typist
-            d.app.post_message(_key("space" if key == " " else key, key))
-        d.app.post_message(_key("enter", "\r"))
-        d.app.post_message(_key("z", "z"))
-        await d.until(lambda: model.asked)
-        await d.idle()
-        assert d.app.composer.text == "z"
-    assert model.asked[0][0]["content"] == "quick fox"
-
-
-def _key(key: str, character: str) -> Any:
-    from textual.events import Key
-
-    return Key(key, character)
-
-
-async def test_a_click_on_the_transcript_leaves_the_keyboard_in_the_box(drive: Any) -> None:
-    async with drive(FakeModel([Turn(["ok"])])) as d:
-        await d.ready()
-        await d.send("q")
-        await d.pilot.click("Transcript")
-        await d.pilot.pause(0.1)
-        await d.pilot.press("x")
-        assert d.app.composer.text == "x"
-
-
-async def test_narrow_and_resized(drive: Any) -> None:
-    async with drive(
-        FakeModel([Turn(["A sentence that is longer than the window is wide. " * 3])]), size=(40, 12)
-    ) as d:
-        await d.ready()
-        await d.send("a question that is wider than forty columns, surely")
-        assert all(len(line) <= 40 for line in d.screen.splitlines())
-        assert "/ 2,048 tokens" in d.screen
-        await d.pilot.resize_terminal(140, 50)
-        await d.pilot.pause(0.1)
-        assert "a question that is wider than forty columns, surely" in d.screen
-        await d.pilot.resize_terminal(10, 5)
-        await d.pilot.pause(0.1)
-        assert d.app.is_running

@@ -1,0 +1,83 @@
+"""The keyboard and the mouse of the chat app."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from tui_fakes import FakeModel, Turn
+
+
+def words(n: int) -> list[str]:
+    return [f"word{i} " for i in range(n)]
+
+
+async def test_a_second_question_waits_in_the_box(drive: Any) -> None:
+    gate = threading.Event()
+    model = FakeModel([Turn(["a", "b"], gate=gate, gate_at=1)])
+    async with drive(model) as d:
+        await d.ready()
+        await d.send("one", wait=False)
+        await d.until(lambda: d.app.reply is not None)
+        await d.send("two", wait=False)
+        await d.until(lambda: "Esc stops the reply first" in d.screen)
+        assert d.app.composer.text == "two"
+        gate.set()
+        await d.idle()
+    assert len(model.asked) == 1
+
+
+async def test_keys_of_the_box(drive: Any) -> None:
+    async with drive(FakeModel([Turn(["ok"])])) as d:
+        await d.ready()
+        await d.pilot.press("a", "ctrl+j", "b", "shift+enter", "c")
+        assert d.app.composer.text == "a\nb\nc"
+        assert d.app.composer.size.height == 3
+        await d.pilot.press("enter")
+        await d.idle()
+        await d.send("later")
+        box = d.app.composer
+        await d.pilot.press("up")
+        assert box.text == "later"
+        await d.pilot.press("up")
+        assert box.text == "a\nb\nc"
+        await d.pilot.press("up")  # within the text now
+        assert box.text == "a\nb\nc"
+        await d.pilot.press("end", "!", "up", "up", "up")
+        assert box.text == "a\nb!\nc"  # what was changed is not replaced
+        box.load_text("")
+        await d.pilot.press("up", "down")
+        assert box.text == ""
+        await d.pilot.press("enter")  # nothing to send
+        await d.pilot.pause()
+        assert len(d.replies) == 2
+
+
+async def test_keys_typed_fast_are_sent_in_order(drive: Any) -> None:
+    model = FakeModel([Turn(["ok"])])
+    async with drive(model) as d:
+        await d.ready()
+        for key in "quick fox":  # without waiting for each to arrive, as a paste or a fast typist
+            d.app.post_message(_key("space" if key == " " else key, key))
+        d.app.post_message(_key("enter", "\r"))
+        d.app.post_message(_key("z", "z"))
+        await d.until(lambda: model.asked)
+        await d.idle()
+        assert d.app.composer.text == "z"
+    assert model.asked[0][0]["content"] == "quick fox"
+
+
+def _key(key: str, character: str) -> Any:
+    from textual.events import Key
+
+    return Key(key, character)
+
+
+async def test_a_click_on_the_transcript_leaves_the_keyboard_in_the_box(drive: Any) -> None:
+    async with drive(FakeModel([Turn(["ok"])])) as d:
+        await d.ready()
+        await d.send("q")
+        await d.pilot.click("Transcript")
+        await d.pilot.pause(0.1)
+        await d.pilot.press("x")
+        assert d.app.composer.text == "x"

@@ -1,0 +1,130 @@
+"""What the chat app shows: markup, code, poems, wide characters, long replies, scrolling, sizes."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from contextlib import suppress
+from typing import Any
+
+from textual.widgets import Markdown
+from textual.widgets.markdown import MarkdownFence
+from tui_fakes import FakeModel, Turn
+
+from gptedge.tui.transcript import AssistantMessage
+
+
+def words(n: int) -> list[str]:
+    return [f"word{i} " for i in range(n)]
+
+
+async def test_markup_and_html_are_shown_as_they_are(drive: Any) -> None:
+    async with drive(FakeModel([Turn(["[red]not red[/red] and <b>not bold</b>\n\n<div>a block</div>"])])) as d:
+        await d.ready()
+        await d.send("[bold]plain[/bold] [oops")
+        for text in ("[bold]plain[/bold] [oops", "[red]not red[/red]", "<b>not bold</b>", "<div>a block</div>"):
+            assert text in d.screen
+
+
+async def test_a_code_fence_cut_anywhere_ends_up_as_one_block(drive: Any) -> None:
+    # While it comes piece by piece, Textual makes two lists of this one.
+    reply = "1. Look:\n\n   ```python\n   for x in [1, 2]:\n\n       print(x)\n   ```\n2. Done.\n"
+    async with drive(FakeModel([Turn(list(reply), delay=0.002)])) as d:
+        await d.ready()
+        await d.send("code")
+        await d.until(lambda: len(d.app.query("MarkdownOrderedList")) == 1)
+        assert d.app.query_one(MarkdownFence).code == "for x in [1, 2]:\n\n    print(x)"
+        assert "```" not in d.screen
+        assert "    print(x)" in d.screen
+        assert len(d.replies[0].query(Markdown)) == 1
+
+
+async def test_lines_of_a_poem_stay_lines(drive: Any) -> None:
+    async with drive(FakeModel([Turn(["Roses are red,\nviolets are blue."])])) as d:
+        await d.ready()
+        await d.send("poem")
+        assert "red, violets" not in d.screen
+
+
+async def test_wide_characters(drive: Any) -> None:
+    async with drive(FakeModel([Turn(["重力", "是", "👩‍🚀🎉", "一種力"])]), size=(40, 20)) as d:
+        await d.ready()
+        await d.send("什麼是重力？🌍")
+        assert "什麼是重力？🌍" in d.screen
+        assert "重力是" in d.screen
+        assert d.replies[0].text == "重力是👩‍🚀🎉一種力"
+
+
+async def test_a_very_long_reply_leaves_the_keyboard_alive(drive: Any, monkeypatch: Any) -> None:
+    pieces = [f"word{i} " + ("\n\n" if i % 40 == 39 else "") for i in range(5000)]
+    shown: list[str] = []
+    append = AssistantMessage.append
+
+    async def counted(self: AssistantMessage, text: str) -> None:
+        shown.append(text)
+        await append(self, text)
+
+    monkeypatch.setattr(AssistantMessage, "append", counted)
+    async with drive(FakeModel([Turn(pieces, delay=0.0006)]), size=(60, 12)) as d:
+        await d.ready()
+        await d.send("long", wait=False)
+        await d.until(lambda: d.app.reply is not None)
+        watch = asyncio.create_task(_longest_stall())
+        while d.app.reply is not None:
+            await d.pilot.press("x")
+        watch.cancel()
+        await d.idle()
+        assert len(d.app.composer.text) > 1
+        assert d.app.composer.text.strip("x") == ""
+        assert d.replies[0].text == "".join(pieces)
+        await d.until(lambda: "word4999" in d.screen)  # it followed the end
+    assert 2 < len(shown) < 500
+    assert await watch < 0.5
+
+
+async def _longest_stall() -> float:
+    """Until cancelled: the longest that the event loop was away, in seconds of its own thread's processor time."""
+    longest = 0.0
+    with suppress(asyncio.CancelledError):
+        while True:
+            await asyncio.sleep(0.005)
+            start = time.thread_time()
+            await asyncio.sleep(0)  # whatever else is ready runs now
+            longest = max(longest, time.thread_time() - start)
+    return longest
+
+
+async def test_scrolling_up_while_text_comes_is_respected(drive: Any) -> None:
+    gate = threading.Event()
+    pieces = [f"line {i}\n\n" for i in range(60)]
+    async with drive(FakeModel([Turn(pieces, gate=gate, gate_at=40)])) as d:
+        await d.ready()
+        await d.send("long", wait=False)
+        await d.until(lambda: "line 39" in d.screen)
+        await d.pilot.press("pageup", "pageup")
+        await d.pilot.pause(0.1)
+        before = d.app.transcript.scroll_y
+        gate.set()
+        await d.idle()
+        await d.pilot.pause(0.2)
+        assert d.app.transcript.scroll_y == before
+        assert "line 59" not in d.screen
+        await d.pilot.press("ctrl+end")
+        await d.until(lambda: "line 59" in d.screen)
+
+
+async def test_narrow_and_resized(drive: Any) -> None:
+    async with drive(
+        FakeModel([Turn(["A sentence that is longer than the window is wide. " * 3])]), size=(40, 12)
+    ) as d:
+        await d.ready()
+        await d.send("a question that is wider than forty columns, surely")
+        assert all(len(line) <= 40 for line in d.screen.splitlines())
+        assert "/ 2,048 tokens" in d.screen
+        await d.pilot.resize_terminal(140, 50)
+        await d.pilot.pause(0.1)
+        assert "a question that is wider than forty columns, surely" in d.screen
+        await d.pilot.resize_terminal(10, 5)
+        await d.pilot.pause(0.1)
+        assert d.app.is_running
