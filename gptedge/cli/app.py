@@ -23,7 +23,7 @@ from gptedge.errors import EXIT_INTERRUPTED, GateFailed, GptEdgeError, UsageErro
 
 # Each is a file in this folder with a function `command`; in the order of the help page.
 VERBS = (
-    "train", "finetune", "pull", "export", "quantize", "eval", "bench", "report", "explain",
+    "train", "finetune", "pull", "export", "adapter", "quantize", "eval", "bench", "report", "explain",
     "generate", "chat", "serve", "inspect", "verify", "doctor", "demo",
 )  # fmt: skip
 # What typer's parser raises. Some versions of typer bring their own copy of click, so it is found through typer.

@@ -10,7 +10,6 @@ from typing import Annotated, Any
 import typer
 
 from gptedge.cli.common import Json, emit, needs, progress, say, table
-from gptedge.cli.train import training_progress
 from gptedge.progress import Report
 
 
@@ -58,4 +57,6 @@ class _Terminal:
         return progress(title)
 
     def training(self) -> AbstractContextManager[Callable[[Any], None]]:
-        return training_progress("train")
+        from gptedge.cli.training_view import training_view
+
+        return training_view("train")

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gptedge.cli.common import Force, Json, SourceArgument, Threads, emit, needs, say
-from gptedge.cli.train import training_progress
 
 if TYPE_CHECKING:
     from gptedge.train.finetune_config import FinetuneConfig
@@ -54,6 +53,7 @@ def command(
     """Teach a model conversations, by LoRA or every weight."""
     with needs("train"):
         from gptedge.train.finetune import finetune
+    from gptedge.cli.training_view import training_view
     from gptedge.export.sources import open_source, with_tokenizer
 
     flags = {
@@ -73,7 +73,7 @@ def command(
     }
     settings = _settings({name: value for name, value in flags.items() if value is not None}, config, out, resume)
     checkpoint = with_tokenizer(open_source(source), tokenizer)
-    with training_progress("finetune") as on_step:
+    with training_view(f"finetune {out}") as on_step:
         result = finetune(
             checkpoint,
             data,

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from gptedge.cli.common import Force, Json, Threads, emit, needs, progress, say, table
-
-if TYPE_CHECKING:
-    from gptedge.train.trainer import OnStep, StepReport
+from gptedge.cli.common import Force, Json, Threads, emit, needs, say, table
+from gptedge.cli.watch import SampleEvery, SamplePrompt, TensorBoard, watching
+from gptedge.errors import UsageError
 
 
 def _print_presets(wanted: bool) -> None:
@@ -48,6 +45,9 @@ def command(
         bool, typer.Option("--skip-bad", help="Leave broken lines of JSONL out, and count them.")
     ] = False,
     shard: Annotated[bool, typer.Option("--shard", help="FSDP2 under torchrun: a part of the model each.")] = False,
+    sample_every: SampleEvery = None,
+    sample_prompt: SamplePrompt = "",
+    tensorboard: TensorBoard = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in OUT.")] = False,
     list_presets: Annotated[
         bool, typer.Option("--list-presets", is_eager=True, callback=_print_presets, help="Show the presets.")
@@ -60,6 +60,8 @@ def command(
     as_json: Json = False,
 ) -> None:
     """Train a GPT from text."""
+    if shard and sample_every is not None:
+        raise UsageError("--sample-every needs the whole model in one process, and --shard spreads it; leave one out")
     with needs("train"):
         from gptedge.train.config import TrainConfig
         from gptedge.train.output import saved_config
@@ -79,7 +81,9 @@ def command(
         settings = saved_config(out, TrainConfig, given)
     else:
         settings = TrainConfig.from_dict(given, where="the command line")
-    with training_progress("train") as on_step:
+    with watching(
+        f"train {out}", out / "tensorboard", sample_every=sample_every, sample_prompt=sample_prompt, events=tensorboard
+    ) as (on_model, on_step):
         result = run_training(
             data,
             out,
@@ -90,6 +94,7 @@ def command(
             shard=shard,
             on_step=on_step,
             on_message=say,
+            on_model=on_model,
         )
     if os.environ.get("RANK", "0") != "0":  # under torchrun, the first process alone speaks
         return
@@ -98,20 +103,3 @@ def command(
     line = f"{out}: {result.parameters:,} parameters, {result.steps} steps, loss {result.loss:.3f}{held_out}"
     line += f"; {result.tokens_per_second:,.0f} tokens/s, {result.mfu:.0%} of what matrix products reach here"
     emit(value, as_json=as_json, lines=[line, f"next: gptedge export {out} {out}-onnx"])
-
-
-@contextmanager
-def training_progress(title: str) -> Iterator[OnStep]:
-    """A live bar with the loss, or a line now and then where there is no terminal."""
-    held_out = ""
-
-    with progress(title) as report:
-
-        def on_step(s: StepReport) -> None:
-            nonlocal held_out
-            if s.val_loss is not None:
-                held_out = f", held out {s.val_loss:.3f}"
-            note = f"step {s.step}, loss {s.loss:.3f}{held_out}, {s.tokens_per_second:,.0f} tokens/s"
-            report(round(s.elapsed_s), round(s.elapsed_s + s.eta_s), f"s  {note}")
-
-        yield on_step

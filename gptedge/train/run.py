@@ -33,6 +33,7 @@ from gptedge.train.output import (
 )
 from gptedge.train.prepare import END_OF_TEXT, end_of_text, learn_tokenizer, scan_text, tokenize
 from gptedge.train.processes import Processes, processes, whole
+from gptedge.train.sample import OnModel
 from gptedge.train.stdlib import stdlib_corpus
 from gptedge.train.trainer import OnStep, Trainer
 from gptedge.train.utilisation import flops_per_token, peak_flops
@@ -80,12 +81,14 @@ def run_training(
     shard: bool = False,
     on_step: OnStep = lambda report: None,
     on_message: OnMessage = lambda message: None,
+    on_model: OnModel | None = None,
 ) -> TrainResult:
     """Train on the text in `paths` (None: Python's own documentation) and write a checkpoint to `out`.
 
     With `resume`, go on from the state in `out` to exactly what an uninterrupted run would have come to. With
     `skip_bad`, broken lines of JSONL are left out and counted. In processes that torchrun started, each takes its rows
     of every batch, and with `shard` its part of weights and optimizer; the first one alone reports and writes.
+    `on_model` is shown what is about to be trained, where one process holds all of it.
     Raises OutputExistsError, UsageError, DataError, CheckpointError, TrainingError; KeyboardInterrupt saves the state.
     """
     with processes(shard=shard) as these:
@@ -93,7 +96,9 @@ def run_training(
             on_step, on_message = (lambda report: None), (lambda message: None)
         if config.threads:
             torch.set_num_threads(config.threads)
-        return _train(paths, Path(out), config, these, resume, force, skip_bad, on_step, on_message)
+        return _train(
+            paths, Path(out), config, these, resume, force, skip_bad, on_step, on_message, None if shard else on_model
+        )
 
 
 def _train(
@@ -106,6 +111,7 @@ def _train(
     skip_bad: bool,
     on_step: OnStep,
     on_message: OnMessage,
+    on_model: OnModel | None,
 ) -> TrainResult:
     run = None
     if these.leads:  # the others wait in from_leader
@@ -121,6 +127,8 @@ def _train(
     if resume:
         resume_trainer(trainer, out, on_message)
     on_message(f"model: {parameters:,} parameters; {precision_line(trainer)}; {these.describe()}")
+    if on_model is not None:
+        on_model(model, run.tokenizer)
     trainer.train(on_step)
     weights = whole(model.state_dict())
     if these.leads:
