@@ -79,6 +79,8 @@ def main(arguments: list[str] | None = None) -> int:
             default_map=_config_file(),
         )
         sys.stdout.flush()
+        if result == EXIT_INTERRUPTED:  # what some versions of typer make of a KeyboardInterrupt
+            return _fail("interrupted", EXIT_INTERRUPTED, wants_json)
         return result if isinstance(result, int) else 0
     except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted", EXIT_INTERRUPTED, wants_json)

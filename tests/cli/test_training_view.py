@@ -148,6 +148,7 @@ def test_ctrl_c_in_a_terminal_saves_and_leaves_it_clean(text_file: Path, tmp_pat
     assert b"\x1b[?25h" in seen
     assert b"the cat" in seen
     assert b"nats a token" in after, "the last picture stays"
+    assert after.rstrip().endswith(b"gptedge: interrupted")
     assert list((tmp_path / "run" / "state").glob("step-*.pt"))
 
 
