@@ -182,7 +182,9 @@ class View:
         grid = Table.grid(padding=0)
         for column in (width - right - 2, 2, right):
             grid.add_column(width=column)
-        beside = [numbers, *([Text(), sample] if sample else [])]
+        beside: list[RenderableType] = [numbers]
+        if sample is not None:
+            beside += [Text(), sample]
         grid.add_row(self._curve(width - right - 2, min(height, 24)), "", Group(*beside))
         return grid
 
