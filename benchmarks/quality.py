@@ -281,7 +281,11 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--windows", type=int, default=WINDOWS)
-    recipes = ",".join(f"{name} --target-mb {TARGET_MB}" if r.fills_target else name for name, r in RECIPES.items())
+    recipes = ",".join(
+        f"{name} --target-mb {TARGET_MB}" if r.fills_target else name
+        for name, r in RECIPES.items()
+        if not r.distill_steps  # which takes hours
+    )
     parser.add_argument("--recipes", default=recipes, help="default: all of %(default)s")
     parser.add_argument("--calibration", type=Path, help="text; default: the standard library's docstrings")
     parser.add_argument("--peers", default=",".join(PEERS), help="default: %(default)s; none of them: ''")

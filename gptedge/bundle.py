@@ -28,6 +28,8 @@ TOKENIZER, TOKENIZER_CONFIG, CHAT_TEMPLATE = "tokenizer.json", "tokenizer_config
 MANIFEST = "manifest.json"
 LORA = "lora"
 """The manifest's entry of a bundle whose graph takes adapters; `base` is `checkpoint.weights_id` of its model."""
+OUTPUT_ERRORS = "output_errors"
+"""Where the manifest of a calibrated bundle says what rounding each weight changed of its product's outputs."""
 
 
 @dataclass(frozen=True)

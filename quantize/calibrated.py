@@ -14,7 +14,7 @@ from onnx import TensorProto
 from gptedge.errors import DataError
 from gptedge.quantize.gptq import quantize_calibrated
 from gptedge.quantize.passes import Target, replacements, shape_constants
-from gptedge.quantize.rounding import Blocks
+from gptedge.quantize.rounding import Blocks, dequantize
 from gptedge.quantize.walk import Read, Walk
 
 FloatArray = npt.NDArray[np.float32]
@@ -31,12 +31,19 @@ class Calibrator:
         self._quantized = Walk(model, read, windows, threads=threads)
         self._nodes = {node.name: node for node in model.graph.node}
         self._pool = pool
+        self.output_errors: dict[str, float] = {}
+        """By weight: what rounding it changes of its product's outputs on the text, ||X (W - Q)'|| / ||X W'||."""
 
     def quantize(self, target: Target, rows: npt.NDArray[Any]) -> Blocks:
         """Quantize `rows` [N, K]. Raises DataError when activations that reach it are not finite."""
         node = next(name for name in self._nodes if name in target.products)
         h, cross = self._moments(node, target.width)
-        return quantize_calibrated(np.asarray(rows, np.float32), h, cross, target.scheme, self._pool)
+        weight = np.asarray(rows, np.float32)
+        blocks = quantize_calibrated(weight, h, cross, target.scheme, self._pool)
+        change = weight - dequantize(blocks, target.scheme, target.width)
+        of_all = max(_energy(weight, h), 1e-30)
+        self.output_errors[target.weight] = round(float(np.sqrt(_energy(change, h) / of_all)), 6)
+        return blocks
 
     def put_in_place(self, target: Target, blocks: Blocks) -> None:
         """Later activations come through the quantized weight."""
@@ -58,3 +65,8 @@ class Calibrator:
         if not (np.isfinite(h).all() and np.isfinite(cross).all()):
             raise DataError(f"the activations that reach {node} are not finite on the calibration text")
         return h, cross
+
+
+def _energy(weight: FloatArray, h: FloatArray) -> float:
+    """||X W'||^2 for h = X'X."""
+    return float(np.vdot(weight @ h, weight))

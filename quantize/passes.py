@@ -15,7 +15,7 @@ import numpy.typing as npt
 import onnx
 from onnx import NodeProto, TensorProto, helper
 
-from gptedge.errors import UsageError
+from gptedge.errors import UnsupportedModelError, UsageError
 from gptedge.onnx_file import MICROSOFT
 from gptedge.quantize.recipes import Group, Recipe, Scheme
 
@@ -74,8 +74,18 @@ def _check(target: Target) -> None:
 
 
 def _weight_operand(node: NodeProto) -> str:
-    """The input that holds weights, or an empty name."""
-    if node.op_type == "FusedMatMul" and any(a.name == "transB" and a.i for a in node.attribute):
+    """The input that holds weights, or an empty name.
+
+    Raises UnsupportedModelError for a product with options that quantized products lack.
+    """
+    options = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    if node.op_type == "FusedMatMul" and options.pop("transB", 0):
+        for name, value in options.items():
+            if value != (1.0 if name == "alpha" else 0):
+                raise UnsupportedModelError(
+                    f"{node.name} has {name} = {value:g}, which quantized products do not have; "
+                    "multiply it into the weights before quantizing"
+                )
         return str(node.input[1])
     return str(node.input[0]) if node.op_type == "Gather" else ""
 

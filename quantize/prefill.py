@@ -25,7 +25,7 @@ from gptedge.graph_io import END_LOGIT, FIRST_LOGIT, LOGITS
 from gptedge.onnx_file import MICROSOFT, WeightFile, save_graph
 from gptedge.quantize.passes import Target, find_targets
 from gptedge.quantize.recipes import Group, Recipe, Scheme
-from gptedge.quantize.smooth import Smoothing
+from gptedge.quantize.smooth import smoothed
 from gptedge.quantize.walk import Read, Walk
 
 PREFILLS = ("int8",)
@@ -50,7 +50,7 @@ def write_prefill(
     `model` is the bundle's graph. Activations are smoothed by what the token ids `windows` [n_windows, T] show.
     """
     targets = find_targets(source, _LAYERS)
-    smoothing = Smoothing(source, read, Walk(source, read, windows, threads=threads), targets, keep_values=True)
+    smoothing = smoothed(source, read, Walk(source, read, windows, threads=threads), targets, keep_values=True)
     initializers = {t.name: t for t in source.graph.initializer}
     graph = onnx.ModelProto()
     graph.CopyFrom(model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 import time
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +22,7 @@ from gptedge.bundle import (
     GRAPH_DATA,
     LORA,
     MANIFEST,
+    OUTPUT_ERRORS,
     PREFILL,
     PREFILL_DATA,
     Bundle,
@@ -28,8 +30,8 @@ from gptedge.bundle import (
     verify,
     write_manifest,
 )
-from gptedge.errors import BundleError, UsageError
-from gptedge.files import check_destination, new_folder
+from gptedge.errors import BundleError, MissingExtraError, UsageError
+from gptedge.files import check_destination, new_file, new_folder, sha256
 from gptedge.measure import peak_rss_mb
 from gptedge.onnx_file import PAGE, WeightFile, load_graph, read_initializer, save_graph
 from gptedge.progress import Report, silent
@@ -37,17 +39,20 @@ from gptedge.quantize import calibration as calibration_text
 from gptedge.quantize import mixed, smooth
 from gptedge.quantize.calibrated import Calibrator
 from gptedge.quantize.calibration import Windows, own_windows, text_windows
+from gptedge.quantize.equalize import equalize
 from gptedge.quantize.passes import Target, find_targets, rewrite
 from gptedge.quantize.prefill import PREFILLS, write_prefill
 from gptedge.quantize.recipes import Recipe, find_recipe
 from gptedge.quantize.rounding import Blocks, quantize_matrix
-from gptedge.quantize.smooth import Smoothing
 from gptedge.quantize.walk import Read, Walk
+from gptedge.quantize.work import START, remove_work, work_folder
 from gptedge.runtime.threads import default_threads
 
 FLOAT_RECIPES = ("fp32", "fp16")
 _KEPT = (LORA,)
 """What a manifest says of the float graph, and is true of the quantized one."""
+Facts = dict[str, Any]
+"""Entries of the manifest."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,8 @@ def quantize(
         raise UsageError(f"recipe {name} {'needs' if rows.fills_target else 'takes no'} target size (--target-mb)")
     if prefill is not None and prefill not in PREFILLS:
         raise UsageError(f"prefill is {prefill!r}; it must be one of {', '.join(PREFILLS)}")
+    if prefill and rows.distill_steps:
+        raise UsageError(f"recipe {name} takes no prefill graph (--prefill); its weights change after calibration")
     bundle = open_bundle(Path(source))
     _check_source(bundle)
     check_destination(out, force=force)
@@ -97,17 +104,18 @@ def quantize(
     assert bundle.manifest is not None
     find_targets(load_graph(bundle.path / GRAPH), rows)  # refuses what the recipe cannot mean before time is spent
     job = _Job(bundle, rows, target_mb, prefill, threads or default_threads(), seed, report)
-    windows = job.windows(calibration)
+    write = job.distilled(Path(out), calibration) if rows.distill_steps else job.rounded(calibration)
     with new_folder(Path(out), force=force) as folder:
         for file in bundle.manifest["files"]:
             if file not in (GRAPH, GRAPH_DATA, PREFILL, PREFILL_DATA, MANIFEST):
                 shutil.copyfile(bundle.path / file, folder / file)
-        job.write_graph(folder, windows)
-        facts = {fact: bundle.manifest[fact] for fact in _KEPT if fact in bundle.manifest}
-        facts |= {"prefill": prefill} if prefill else {}
+        kept = {fact: bundle.manifest[fact] for fact in _KEPT if fact in bundle.manifest}
+        facts = kept | ({"prefill": prefill} if prefill else {}) | write(folder)
         write_manifest(folder, family=bundle.manifest["family"], recipe=name, packages=("onnx",), **facts)
         made = open_bundle(folder)
         size, prefill_size = made.size_bytes, made.prefill_bytes
+    if rows.distill_steps:
+        remove_work(Path(out))
     return QuantizeResult(
         bundle=Path(out),
         recipe=name,
@@ -142,36 +150,81 @@ class _Job:
     seed: int
     report: Report
 
-    def windows(self, calibration: Path | None) -> Windows | None:
-        """Token ids to calibrate on, [n_windows, T]; None for recipes that need none."""
-        if not (self.recipe.uses("gptq") or self.recipe.smooths or self.prefill):
-            return None
+    def rounded(self, calibration: Path | None) -> Callable[[Path], Facts]:
+        """Draw the text; what then writes the graph into a folder."""
         text = calibration_text if self.recipe.uses("gptq") else smooth
-        count, length = text.WINDOWS, min(text.WINDOW, int(self.bundle.genai_config["model"]["context_length"]))
+        needed = self.recipe.uses("gptq") or self.recipe.smooths or self.prefill
+        windows = self._windows(calibration, text.WINDOWS, text.WINDOW) if needed else None
+        return partial(self.write_graph, windows=windows)
+
+    def distilled(self, out: Path, calibration: Path | None) -> Callable[[Path], Facts]:
+        """Round and train beside `out`, or go on with what was begun there; what then writes the graph into a folder.
+
+        Raises MissingExtraError without torch.
+        """
+        try:
+            from gptedge.quantize import distill
+        except ModuleNotFoundError as e:
+            raise MissingExtraError(f"{e.name} is not installed, which this needs; install gptedge[train]") from None
+        assert self.bundle.manifest is not None
+        weights = [entry["sha256"] for entry in self.bundle.manifest["files"].values()]
+        text = sha256(calibration) if calibration else None
+        work = work_folder(out, weights, self.recipe, text, self.seed)
+        work.mkdir(parents=True, exist_ok=True)
+        start, windows = work / START, work / "windows.npy"
+        if not start.is_dir():
+            with new_folder(start) as folder:
+                self.rounded(calibration)(folder)
+        if not windows.is_file():
+            count = self.recipe.distill_steps + distill.HELD_OUT if calibration else distill.OWN_WINDOWS
+            drawn = self._windows(calibration, count, calibration_text.WINDOW)
+            with new_file(windows) as path, path.open("wb") as file:
+                np.save(file, drawn)
+        changed = distill.distill(
+            self.bundle,
+            work,
+            np.load(windows),
+            steps=self.recipe.distill_steps,
+            seed=self.seed,
+            threads=self.threads,
+            report=self.report,
+        )
+        return partial(_copy_graph, start, changed=changed)
+
+    def _windows(self, calibration: Path | None, count: int, length: int) -> Windows:
+        """Up to `count` windows of a file, or of what the model writes itself, [n_windows, T]."""
+        length = min(length, int(self.bundle.genai_config["model"]["context_length"]))
         if calibration:
             return text_windows(calibration, self.bundle, count, length, seed=self.seed)
         return own_windows(self.bundle, count, length, threads=self.threads, seed=self.seed, report=self.report)
 
-    def write_graph(self, folder: Path, windows: Windows | None) -> None:
+    def write_graph(self, folder: Path, windows: Windows | None) -> Facts:
+        """What was measured meanwhile is returned."""
         model = load_graph(self.bundle.path / GRAPH)
         read: Read = partial(read_initializer, folder=self.bundle.path)
         with WeightFile(folder / GRAPH_DATA) as file, ThreadPoolExecutor(self.threads) as pool:
             targets = find_targets(model, self.recipe)
+            evened = [t for t in targets if t.group.equalize and not t.lookups]
+            equalized = equalize(model, read, targets, chosen=evened)
+            read = equalized.rescaling.read
             if self.target_mb is not None and windows is not None:
                 targets = find_targets(model, self._plan(model, read, targets, windows, pool))
             smoothed = [t for t in targets if t.group.smooth]
             few = None if windows is None else windows[: max(1, smooth.WINDOWS * smooth.WINDOW // windows.shape[1])]
             if few is not None and smoothed:
                 walk = Walk(model, read, few, threads=self.threads)
-                read = Smoothing(model, read, walk, smoothed).read
+                read = smooth.smoothed(model, read, walk, smoothed).read
             source = copy.deepcopy(model)
             calibrator = None
             if windows is not None and any(t.group.method == "gptq" for t in targets):
                 calibrator = Calibrator(model, read, windows, threads=self.threads, pool=pool)
-            self._rewrite(model, targets, read, calibrator, file, pool)
+            known = {t.weight for t in targets} - {t.weight for t in smoothed}  # smoothing changes what counts
+            importance = {name: value for name, value in equalized.importance.items() if name in known}
+            self._rewrite(model, targets, read, importance, calibrator, file, pool)
         save_graph(folder / GRAPH, model)
         if few is not None and self.prefill:
             write_prefill(folder, source, model, read, few, self.threads)
+        return {OUTPUT_ERRORS: calibrator.output_errors} if calibrator else {}
 
     def _plan(
         self, model: onnx.ModelProto, read: Read, targets: list[Target], windows: Windows, pool: Executor
@@ -190,12 +243,12 @@ class _Job:
         model: onnx.ModelProto,
         targets: list[Target],
         read: Read,
+        importance: Mapping[str, npt.NDArray[np.float32]],
         calibrator: Calibrator | None,
         file: WeightFile,
         pool: Executor,
     ) -> None:
         initializers = {t.name: t for t in model.graph.initializer}
-        importance = _Importance(model, initializers, read)
         total, done = sum(t.rows * t.width for t in targets), 0
 
         def store(target: Target) -> dict[str, TensorProto]:
@@ -204,7 +257,7 @@ class _Job:
             if calibrator and target.group.method == "gptq":
                 blocks = calibrator.quantize(target, rows)
             else:
-                blocks = quantize_matrix(rows, target.scheme, importance.of(target), pool)
+                blocks = quantize_matrix(rows, target.scheme, importance.get(target.weight), pool)
             if calibrator:
                 calibrator.put_in_place(target, blocks)
             done += rows.size
@@ -219,6 +272,19 @@ class _Job:
         rewrite(model, targets, store, keep)
 
 
+def _copy_graph(source: Path, folder: Path, *, changed: Mapping[str, npt.NDArray[Any]]) -> Facts:
+    """The graph of one folder in another, with other values of some initializers."""
+    model = load_graph(source / GRAPH)
+    with WeightFile(folder / GRAPH_DATA) as file:
+        for tensor in model.graph.initializer:
+            value = changed.get(tensor.name, read_initializer(tensor, source))
+            is_inline = tensor.data_location != TensorProto.EXTERNAL
+            made = onnx.numpy_helper.from_array(value, tensor.name) if is_inline else file.add(tensor.name, [value])
+            tensor.CopyFrom(made)
+    save_graph(folder / GRAPH, model)
+    return {}
+
+
 def _initializers(file: WeightFile, name: str, blocks: Blocks) -> dict[str, TensorProto]:
     arrays: dict[str, npt.NDArray[Any] | None] = {
         "packed": blocks.packed,
@@ -226,28 +292,3 @@ def _initializers(file: WeightFile, name: str, blocks: Blocks) -> dict[str, Tens
         "zero_points": blocks.zero_points,
     }
     return {role: file.add(f"{name}.{role}", [array]) for role, array in arrays.items() if array is not None}
-
-
-class _Importance:
-    """What the graph itself tells of a product's inputs: after a norm, a column's size follows the norm's gain."""
-
-    _NORMS = ("SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization")
-
-    def __init__(self, model: onnx.ModelProto, initializers: dict[str, TensorProto], read: Read) -> None:
-        gains = {}
-        for node in model.graph.node:
-            if node.op_type in self._NORMS:
-                gains[node.output[0]] = node.input[1 if node.op_type == self._NORMS[0] else 2]
-        self._gain_of = {
-            node.name: gains[node.input[0]] for node in model.graph.node if node.input and node.input[0] in gains
-        }
-        self._initializers = initializers
-        self._read = read
-
-    def of(self, target: Target) -> npt.NDArray[np.float32] | None:
-        """Squared gain of each input column, [width]; None where the graph does not tell."""
-        gain = next((self._gain_of[p] for p in target.products if p in self._gain_of), None)
-        if gain is None or target.lookups:
-            return None
-        values = np.asarray(self._read(self._initializers[gain]), np.float32)
-        return np.square(values) if values.shape == (target.width,) else None

@@ -49,6 +49,8 @@ class Group:
     """One of METHODS."""
     smooth: bool = False
     """Whether activations' spread is moved into these weights first (see smooth.py); calibrated."""
+    equalize: bool = False
+    """Whether columns are evened out first, without data (see equalize.py)."""
     widen: bool = False
     """Whether weights become float32 again when a model is loaded, and activations are never rounded: the memory and
     speed of a float model for the file of a quantized one. 8 bits, symmetric."""
@@ -67,6 +69,8 @@ class Recipe:
     """The first that matches a weight counts; a weight that none matches stays as it is."""
     fills_target: bool = False
     """Whether the groups are chosen anew so that the bundle has a given size (see mixed.py)."""
+    distill_steps: int = 0
+    """How long 4-bit weights are trained afterwards on what the float model answers (see distill.py)."""
 
     def group_of(self, name: str) -> Group | None:
         return next((g for g in self.groups if fnmatchcase(name, g.match)), None)
@@ -92,15 +96,20 @@ RECIPES: Mapping[str, Recipe] = {
     ),
     "int4-rtn": Recipe(
         "4-bit weights in blocks of 32, rounded to nearest with searched scales; 8-bit table; needs no data",
-        (*_TABLES, Group("*", _INT4)),
+        (*_TABLES, Group("*", _INT4, equalize=True)),
     ),
     "int4": Recipe(
         "4-bit weights in blocks of 32, calibrated: GPTQ on quantized inputs, then coordinate descent; 8-bit table",
-        (*_SMOOTH_TABLES, Group("*", _INT4, "gptq")),
+        (*_SMOOTH_TABLES, Group("*", _INT4, "gptq", equalize=True)),
+    ),
+    "int4-distill": Recipe(
+        "int4, then its integers, scales and norms trained on what the float model answers; needs torch, and hours",
+        (*_SMOOTH_TABLES, Group("*", _INT4, "gptq", equalize=True)),
+        distill_steps=400,
     ),
     "mixed": Recipe(
         "bits and block size of each weight chosen by what rounding it was measured to cost; fills --target-mb",
-        (*_SMOOTH_TABLES, Group("*", _INT4, "gptq")),
+        (*_SMOOTH_TABLES, Group("*", _INT4, "gptq", equalize=True)),
         fills_target=True,
     ),
 }
@@ -118,18 +127,24 @@ def find_recipe(name: str) -> tuple[str, Recipe]:
 
 
 def read_recipe(path: Path) -> Recipe:
-    """A recipe from TOML: an optional `summary`, and a `[[group]]` for each row with the fields of Group and Scheme."""
+    """A recipe from TOML: an optional `summary` and `distill_steps`, and a `[[group]]` for each row, with the fields of
+    Group and Scheme."""
     try:
         content = tomllib.loads(read_text(path))
     except tomllib.TOMLDecodeError as e:
         raise UsageError(f"{path} is not TOML: {e}") from None
     groups = content.pop("group", [])
     summary = content.pop("summary", path.stem)
+    steps = content.pop("distill_steps", 0)
     if content:
-        raise UsageError(f"{path}: {next(iter(content))!r} is not known; known are summary and [[group]]")
+        raise UsageError(
+            f"{path}: {next(iter(content))!r} is not known; known are summary, distill_steps and [[group]]"
+        )
+    if type(steps) is not int or steps < 0:
+        raise UsageError(f"{path}: distill_steps is {steps!r}; it must be an integer, at least 0")
     if not isinstance(groups, list) or not groups:
         raise UsageError(f"{path} has no [[group]]")
-    return Recipe(str(summary), tuple(_group(path, g) for g in groups))
+    return Recipe(str(summary), tuple(_group(path, g) for g in groups), distill_steps=steps)
 
 
 def _group(path: Path, row: Mapping[str, Any]) -> Group:

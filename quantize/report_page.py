@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 
@@ -159,11 +160,22 @@ def _plot(data: ReportData) -> str:
 
 
 def _heat_map(bundle: BundleReport) -> str:
+    """The weights' own errors, and those of their products' outputs where the bundle's manifest has them."""
     weights = bundle.weights
-    inside = [w for w in weights if w.layer is not None] or weights
-    errors = [w.error for w in inside if w.error is not None]
-    if not errors:
+    if all(w.error is None for w in weights):
         return f"<h3>{escape(bundle.name)}</h3>\n<p>{_NOTHING}</p>\n"
+    outputs = [replace(w, error=w.output_error, rescaled=False) for w in weights]
+    maps = _grid(weights, f"Error of each weight of {bundle.name}")
+    if any(w.error is not None for w in outputs):
+        maps += f"<p>{_OUTPUTS}</p>\n" + _grid(outputs, f"Error of each product's outputs in {bundle.name}")
+    storage = escape(_storage(weights))
+    return f'<article class="weights">\n<h3>{escape(bundle.name)} <small>{storage}</small></h3>\n{maps}</article>\n'
+
+
+def _grid(weights: Sequence[WeightError], label: str) -> str:
+    """Layers across and kinds of weights down; what stands outside the layers is below."""
+    inside = [w for w in weights if w.layer is not None] or weights
+    errors = [w.error for w in inside if w.error is not None] or [0.0]
     low, high = min(errors), max(errors)
     low = min(low, 0.8 * high)  # nearly equal errors should look so
     layers = sorted({w.layer for w in weights if w.layer is not None})
@@ -177,19 +189,17 @@ def _heat_map(bundle: BundleReport) -> str:
         for kind in kinds
     )
     grid = (
-        f'<div class="scroll" role="region" tabindex="0" aria-label="Error of each weight of {escape(bundle.name)}">'
+        f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(label)}">'
         f'<table class="heat"><thead><tr><th scope="col">layer</th>{head}</tr></thead>\n<tbody>{rows}</tbody></table>'
         "</div>\n"
         if layers
         else ""
     )
     outside = "".join(_outside(w, low, high) for w in weights if w.layer is None)
-    return (
-        f'<article class="weights">\n<h3>{escape(bundle.name)} <small>{escape(_storage(weights))}</small></h3>\n{grid}'
-        f'<div class="under">{outside}{_legend(low, high)}</div>\n</article>\n'
-    )
+    return f'{grid}<div class="under">{outside}{_legend(low, high)}</div>\n'
 
 
+_OUTPUTS = "What these errors change of each product's outputs, measured on the text that the bundle was calibrated on:"
 _NOTHING = "No weight is stored in a way that can be set against the reference's."
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from onnx import ModelProto, TensorProto
 
-from gptedge.bundle import GRAPH
+from gptedge.bundle import GRAPH, OUTPUT_ERRORS, open_bundle
 from gptedge.onnx_file import load_graph, read_initializer
 from gptedge.quantize.recipes import Scheme
 from gptedge.quantize.rounding import Blocks, FloatArray, dequantize
@@ -47,6 +47,8 @@ class WeightError:
     """None where it cannot be compared."""
     rescaled: bool
     """Whether scales were fitted."""
+    output_error: float | None = None
+    """||X (W - Wq)'|| / ||X W'|| on calibration text, where it was measured when the bundle was made."""
 
 
 class _Stored(Protocol):
@@ -87,12 +89,20 @@ class _Quantized:
 def weight_errors(bundle: Path, reference: Path) -> list[WeightError]:
     """Of every weight of the reference that is a matrix, in its graph's order."""
     originals, stored = _matrices(reference), _matrices(bundle)
+    measured = {name.removesuffix(".half"): e for name, e in _output_errors(bundle).items()}
     return [
-        WeightError(name, *_place(name), other.label if other else "unknown", *_error(other, original))
+        WeightError(
+            name, *_place(name), other.label if other else "unknown", *_error(other, original), measured.get(name)
+        )
         for name, original in originals.items()
         if isinstance(original, _Float)
         for other in [stored.get(name)]
     ]
+
+
+def _output_errors(bundle: Path) -> Mapping[str, float]:
+    found = (open_bundle(bundle).manifest or {}).get(OUTPUT_ERRORS)
+    return found if isinstance(found, dict) else {}
 
 
 def _matrices(folder: Path) -> dict[str, _Stored]:

@@ -16,7 +16,9 @@ from gptedge.errors import UsageError
 def command(
     bundle: BundleArgument,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The new bundle's folder.")],
-    recipe: Annotated[str, typer.Option(help="int8, int8-weight, int4, int4-rtn, mixed, or a .toml file.")] = "int8",
+    recipe: Annotated[
+        str, typer.Option(help="int8, int8-weight, int4, int4-rtn, int4-distill, mixed, or a .toml file.")
+    ] = "int8",
     target_mb: Annotated[float | None, typer.Option(help="Size of graph and weights that mixed fills, in MB.")] = None,
     calibration: Annotated[
         Path | None, typer.Option(help="Text for recipes that learn from data (default: what the model writes itself).")

@@ -148,7 +148,7 @@ def _search(weight: Tensor, scheme: Scheme, importance: FloatArray | None) -> tu
 
 
 def _importance(model: GPT) -> dict[str, FloatArray]:
-    """What quantizing goes by: the squared gain of the norm before a product, where there is one."""
+    """How much each column's error counts: the squared gain of the norm before a product, where there is one."""
     found: dict[str, FloatArray] = {}
     for i, block in enumerate(model.blocks):
         assert isinstance(block, Block)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import xml.etree.ElementTree as ET
+from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
 
 import chart
+import mixed_sweep
 import numpy as np
 import pytest
 import quality
@@ -14,6 +16,7 @@ import scoring
 
 from gptedge.bundle import open_bundle
 from gptedge.evaluate.divergence import evaluate
+from gptedge.quantize.recipes import read_recipe
 from gptedge.runtime.session import Session
 
 COUNT, LENGTH = 3, 40
@@ -95,3 +98,31 @@ def test_labels_keep_apart() -> None:
         left, top = chart._place(a, b, 60, boxes)
         boxes.append((left, top, left + 60, top + chart._LINE))
     assert sum(chart._overlap(a, b) for a, b in combinations(boxes, 2)) == 0
+
+
+def test_the_line_between_uniform_recipes() -> None:
+    points = [(91.0, 0.05), (71.0, 0.25), (139.0, 0.002)]
+    assert mixed_sweep.line_at(81, points) == pytest.approx(0.15)
+    assert mixed_sweep.line_at(115, points) == pytest.approx(0.026)
+    assert mixed_sweep.line_at(91, points) == pytest.approx(0.05)
+    assert mixed_sweep.line_at(60, points) == 0.25
+    assert mixed_sweep.line_at(150, points) == 0.002
+
+
+@pytest.mark.parametrize(("kl", "good"), [(0.02, True), (0.03, False)])
+def test_the_sweep_says_whether_mixed_is_below_the_line(
+    kl: float, good: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = {"int4": (91.0, 0.05), "int8": (139.0, 0.002)}
+
+    def rows(bench: quality.Bench, recipes: list[str], tools: tuple[str, ...]) -> Iterator[quality.Row]:
+        for recipe in recipes:
+            if recipe.endswith(".toml"):
+                read_recipe(Path(recipe))
+            elif size_kl := made.get(recipe, (115.0, kl) if "115" in recipe else None):
+                yield quality.Row(recipe, 0, size_kl[0], 1.0, scoring.Score(100, 10.0, 0.01, size_kl[1], 0.9))
+
+    monkeypatch.setattr(quality, "rows", rows)
+    bench = quality.Bench(tmp_path, *[tmp_path] * 3, [], tmp_path, tmp_path, 1)
+    assert mixed_sweep.sweep(bench, [115]) is good
+    assert ("below" if good else "ABOVE") + " the line's 0.0260" in capsys.readouterr().out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,13 @@ import pytest
 import torch
 import transformers
 
-from gptedge.bundle import open_bundle
+from gptedge.bundle import GRAPH, open_bundle
 from gptedge.checkpoint import TOKENIZER, open_checkpoint
 from gptedge.export.exporter import export
 from gptedge.families import FAMILIES, family_of
+from gptedge.onnx_file import load_graph, read_initializer
 from gptedge.quantize.quantizer import quantize
+from gptedge.quantize.torch_graph import TorchGraph
 from gptedge.runtime.batch import Rows
 from gptedge.runtime.session import PREFILL_AT_LEAST, Session
 from gptedge.train.model import GPT, Cache
@@ -319,6 +322,15 @@ def test_int8_computes_nearly_the_same(pair: tuple[torch.nn.Module, Path, Path],
     expected, got = (s.run(ids_of(30), c, every_row=True) for s, c in zip((plain, small), caches, strict=True))
     assert np.abs(got - expected).mean() <= 0.2 * expected.std()
     assert "_prompt_graph" in vars(small)
+
+
+def test_graph_as_a_module_of_torch(pair: tuple[torch.nn.Module, Path, Path]) -> None:
+    """What distilling trains."""
+    model, _, bundle = pair
+    graph = TorchGraph(load_graph(bundle / GRAPH), partial(read_initializer, folder=bundle))
+    with torch.no_grad():
+        got = graph(torch.tensor([ids_of(60)]))[0].numpy()
+    assert_close(got, logits_of(model, ids_of(60)))
 
 
 def test_graph_of_a_stranger_sees_only_the_contract(pair: tuple[torch.nn.Module, Path, Path]) -> None:

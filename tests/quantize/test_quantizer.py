@@ -10,9 +10,12 @@ import onnx
 import pytest
 
 from gptedge.bundle import open_bundle, verify
-from gptedge.errors import BundleError, OutputExistsError, UsageError
+from gptedge.errors import BundleError, OutputExistsError, UnsupportedModelError, UsageError
 from gptedge.evaluate.divergence import evaluate
+from gptedge.onnx_file import load_graph
+from gptedge.quantize.passes import find_targets
 from gptedge.quantize.quantizer import quantize
+from gptedge.quantize.recipes import RECIPES
 from gptedge.runtime.session import Session
 
 
@@ -102,3 +105,14 @@ def test_damaged_source_is_refused(tiny_bundle: Path, tmp_path: Path) -> None:
     (copy / "model.onnx.data").write_bytes(data)
     with pytest.raises(BundleError, match="sha256"):
         quantize(copy, tmp_path / "out", recipe="int8")
+
+
+@pytest.mark.parametrize(("name", "value"), [("alpha", 0.5), ("transA", 1), ("transBatchB", 1)])
+def test_products_with_options_of_their_own_are_refused(name: str, value: float, tiny_bundle: Path) -> None:
+    model = load_graph(tiny_bundle / "model.onnx")
+    node = next(n for n in model.graph.node if n.name == "blocks.1.mlp.down")
+    node.attribute.append(onnx.helper.make_attribute("alpha", 1.0))
+    assert len(find_targets(model, RECIPES["int8"])) == 3 * 4 + 1
+    node.attribute[-1].CopyFrom(onnx.helper.make_attribute(name, value))
+    with pytest.raises(UnsupportedModelError, match=rf"blocks\.1\.mlp\.down has {name} = {value:g}"):
+        find_targets(model, RECIPES["int8"])

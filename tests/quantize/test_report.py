@@ -63,10 +63,26 @@ def plain_weight(graph: onnx.GraphProto, name: str, bits: int, width: int) -> np
     return ((values - zero[:, :, None]) * scales[:, :, None]).reshape(rows, -1)[:, :width]
 
 
-@pytest.mark.parametrize(("recipe", "bits"), [("int8-weight", 8), ("int4-rtn", 4)])
-def test_weight_errors_against_a_plain_computation(bundles: Path, recipe: str, bits: int) -> None:
-    got = {w.name: w for w in weight_errors(bundles / recipe, bundles / "a & <b>")}
-    graph = onnx.load(bundles / recipe / "model.onnx").graph
+FOUR_BITS = """
+[[group]]
+match = "embed.weight"
+bits = 8
+block_size = 64
+symmetric = true
+[[group]]
+match = "*"
+bits = 4
+block_size = 32
+"""
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_weight_errors_against_a_plain_computation(bundles: Path, tmp_path: Path, bits: int) -> None:
+    (tmp_path / "four.toml").write_text(FOUR_BITS)  # without scales that were moved
+    recipe = "int8-weight" if bits == 8 else str(tmp_path / "four.toml")
+    quantize(bundles / "a & <b>", tmp_path / "out", recipe=recipe, threads=1)
+    got = {w.name: w for w in weight_errors(tmp_path / "out", bundles / "a & <b>")}
+    graph = onnx.load(tmp_path / "out" / "model.onnx").graph
     originals = {
         t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(bundles / "a & <b>" / "model.onnx").graph.initializer
     }
@@ -152,6 +168,23 @@ def test_layouts_of_others_are_not_guessed(bundles: Path, measured: ReportData, 
 
     assert shown(errors).count(">–</td>") == 3
     assert "No weight is stored in a way" in shown(unknown)
+
+
+def test_output_errors_are_shown_where_they_were_measured(
+    tiny_bundle: Path, tmp_path: Path, measured: ReportData
+) -> None:
+    quantize(tiny_bundle, tmp_path / "int4", recipe="int4", threads=1)
+    weights = weight_errors(tmp_path / "int4", tiny_bundle)
+    inside = [w for w in weights if w.layer is not None]
+    assert all(w.output_error is not None and w.error is not None for w in inside)
+    # Calibration trades the weights' own errors for smaller ones of what they compute.
+    assert sum(w.output_error or 0 for w in inside) < 0.9 * sum(w.error or 0 for w in inside)
+
+    def shown(weights: list[WeightError]) -> str:
+        return page(replace(measured, bundles=[replace(measured.bundles[1], weights=weights)]), version="1")
+
+    assert shown(weights).count('<table class="heat">') == 2
+    assert shown([replace(w, output_error=None) for w in weights]).count('<table class="heat">') == 1
 
 
 def test_differences_are_the_largest(bundles: Path) -> None:

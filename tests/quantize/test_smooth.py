@@ -15,7 +15,8 @@ from gptedge.export.decoder import build
 from gptedge.onnx_file import WeightFile, read_initializer
 from gptedge.quantize.passes import find_targets
 from gptedge.quantize.recipes import Group, Recipe, Scheme
-from gptedge.quantize.smooth import Smoothing, find_seams
+from gptedge.quantize.seams import find_seams
+from gptedge.quantize.smooth import smoothed
 from gptedge.quantize.walk import Read, Walk
 from gptedge.safetensors import Tensor
 from tests.conftest import random_weights, tiny_config
@@ -63,10 +64,10 @@ def test_the_function_stays_and_activations_become_even(name: str, tmp_path: Pat
     products = [seam.product for seam in find_seams(model, targets)]
     assert len(products) == n_seams
     uneven = spread(model, read, ids, products)
-    smoothing = Smoothing(model, read, Walk(model, read, ids, threads=1), targets)
-    after = logits(model, smoothing.read, ids)
+    smooth_read = smoothed(model, read, Walk(model, read, ids, threads=1), targets).read
+    after = logits(model, smooth_read, ids)
     np.testing.assert_allclose(after, before, atol=2e-4 * before.std())
-    assert spread(model, smoothing.read, ids, products) < 0.8 * uneven
+    assert spread(model, smooth_read, ids, products) < 0.8 * uneven
 
 
 def spread(model: onnx.ModelProto, read: Read, ids: np.ndarray, products: list[str]) -> float:
@@ -81,7 +82,7 @@ def test_weights_stored_in_half_precision_are_smoothed_too(tmp_path: Path) -> No
     ids = np.random.default_rng(1).integers(0, 333, (2, 40))
     targets = find_targets(model, EVERYTHING)
     assert len(list(find_seams(model, targets))) == 3 * 4 + 1
-    smoothing = Smoothing(model, read, Walk(model, read, ids, threads=1), targets)
+    smooth_read = smoothed(model, read, Walk(model, read, ids, threads=1), targets).read
     weight = next(t for t in model.graph.initializer if t.name == "blocks.1.mlp.down.weight.half")
-    assert smoothing.read(weight).dtype == np.float16
-    assert not np.array_equal(smoothing.read(weight), read(weight))
+    assert smooth_read(weight).dtype == np.float16
+    assert not np.array_equal(smooth_read(weight), read(weight))

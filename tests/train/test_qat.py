@@ -84,11 +84,11 @@ def test_a_bundle_holds_what_was_trained(name: str, model: GPT, tiny_checkpoint:
         np.testing.assert_array_equal(values, joined(trained, weight), err_msg=weight)
 
 
-@pytest.mark.parametrize("name", QAT_RECIPES)
-def test_rounding_starts_as_quantizing_rounds(name: str, model: GPT, tiny_bundle: Path, tmp_path: Path) -> None:
-    fake_quantize(model, name)
+def test_rounding_starts_as_quantizing_rounds(model: GPT, tiny_bundle: Path, tmp_path: Path) -> None:
+    """At 8 bits; at 4, quantizing evens out columns first, which what was trained needs no more."""
+    fake_quantize(model, "int8")
     rounded = {k: v.numpy() for k, v in rounded_weights(model).items()}
-    recipe = QAT_RECIPES[name]
+    recipe = QAT_RECIPES["int8"]
     made = bundle_weights(tiny_bundle, quantize(tiny_bundle, tmp_path / "q", recipe=recipe).bundle, recipe)
     for weight, values in made.items():
         np.testing.assert_array_equal(values, joined(rounded, weight), err_msg=weight)

@@ -1,0 +1,30 @@
+"""Where a recipe that takes hours keeps what it goes on from when it was stopped.
+
+    .OUT.distill-KEY/start/         the graph as rounding left it
+    .OUT.distill-KEY/windows.npy    the text, as token ids
+    .OUT.distill-KEY/step-*.pt      the state of the training, written whole or not at all
+    .OUT.distill-KEY/log.jsonl      a line for each step
+
+The folder stands beside the destination and goes when that is complete. KEY stands for everything that the result
+depends on, so the same command goes on where it stopped, and another one begins anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from pathlib import Path
+
+START = "start"
+
+
+def work_folder(out: Path, *settings: object) -> Path:
+    """For `out` with these settings, whose repr() must say all of them."""
+    return out.parent / f".{out.name}.distill-{hashlib.sha256(repr(settings).encode()).hexdigest()[:16]}"
+
+
+def remove_work(out: Path) -> None:
+    """Every run's for `out`."""
+    for folder in out.parent.iterdir():
+        if folder.name.startswith(f".{out.name}.distill-"):
+            shutil.rmtree(folder, ignore_errors=True)

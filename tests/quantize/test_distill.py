@@ -1,0 +1,138 @@
+"""Distilling: closer to the float model, the same bytes however often it was stopped, and nothing left behind."""
+
+from __future__ import annotations
+
+import filecmp
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from gptedge.bundle import GRAPH, GRAPH_DATA, open_bundle
+from gptedge.evaluate.divergence import evaluate
+from gptedge.onnx_file import load_graph, read_initializer
+from gptedge.quantize import distill
+from gptedge.quantize.quantizer import quantize
+from gptedge.quantize.torch_graph import TorchGraph
+from gptedge.quantize.work import START
+from gptedge.runtime.session import Session
+from gptedge.tokenizer import Tokenizer
+from tests.conftest import TEXT
+
+STEPS = 16
+_GROUP = 'bits = {}\nblock_size = 32\nsymmetric = {}\nsteps = {}\nsmooth = {}\nmethod = "{}"\n'
+ROWS = (
+    '[[group]]\nmatch = "embed.weight"\n'
+    + _GROUP.format(8, "true", 1, "true", "rtn")
+    + '[[group]]\nmatch = "*"\n'
+    + _GROUP.format(4, "false", 6, "false", "gptq")
+)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("recipes")
+    (folder / "plain.toml").write_text(ROWS)
+    (folder / "distilled.toml").write_text(f"distill_steps = {STEPS}\n{ROWS}")
+    (folder / "text.txt").write_text(TEXT)
+    return folder
+
+
+def make(source: Path, files: Path, out: Path, recipe: str = "distilled.toml", **options: object) -> Path:
+    text = files / "text.txt"
+    return quantize(source, out, recipe=str(files / recipe), calibration=text, threads=1, **options).bundle  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def distilled(tiny_bundle: Path, files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make(tiny_bundle, files, tmp_path_factory.mktemp("distilled") / "out")
+
+
+def divergence(bundle: Path, source: Path) -> float:
+    ids = Tokenizer.from_folder(source).encode(TEXT)
+    sessions = [Session(open_bundle(b), threads=1) for b in (bundle, source)]
+    found = evaluate(sessions[0], ids, reference=sessions[1], context=100, max_windows=4).kl_divergence
+    assert found is not None
+    return found["mean"]
+
+
+def test_the_bundle_comes_closer_and_keeps_its_size(
+    distilled: Path, tiny_bundle: Path, files: Path, tmp_path: Path
+) -> None:
+    plain = make(tiny_bundle, files, tmp_path / "plain", "plain.toml")
+    assert divergence(distilled, tiny_bundle) < 0.95 * divergence(plain, tiny_bundle)
+    assert (distilled / GRAPH).read_bytes() != (plain / GRAPH).read_bytes()  # small tensors stand in it
+    assert (distilled / GRAPH_DATA).stat().st_size == (plain / GRAPH_DATA).stat().st_size
+    assert list(distilled.parent.iterdir()) == [distilled]
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_run_that_was_killed_goes_on_to_the_same_bytes(
+    damaged: bool, distilled: Path, tiny_bundle: Path, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distill, "_SAVE_EVERY", 4)
+    steps: list[int] = []
+
+    def die(done: int, total: int, note: str) -> None:
+        if "distilling" in note:
+            steps.append(done)
+            if done == 10:
+                raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        make(tiny_bundle, files, tmp_path / "out", report=die)
+    (work,) = tmp_path.iterdir()
+    assert work.name.startswith(".out.distill-")
+    assert (work / START / GRAPH).is_file()
+    if damaged:
+        (state,) = work.glob("step-*.pt")
+        state.write_bytes(state.read_bytes()[:1000])
+    monkeypatch.setattr(distill, "_SAVE_EVERY", 5)
+    made = make(tiny_bundle, files, tmp_path / "out", report=lambda done, *_: steps.append(done))
+    assert steps[10] == (1 if damaged else 9)
+    for name in (GRAPH, GRAPH_DATA):
+        assert filecmp.cmp(made / name, distilled / name, shallow=False)
+    assert list(tmp_path.iterdir()) == [made]
+
+
+def test_ctrl_c_saves_and_leaves_the_destination_alone(tiny_bundle: Path, files: Path, tmp_path: Path) -> None:
+    def interrupt(done: int, total: int, note: str) -> None:
+        if "distilling" in note and done == 3:
+            import signal
+
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        make(tiny_bundle, files, tmp_path / "out", report=interrupt)
+    (work,) = tmp_path.iterdir()
+    assert [p.name for p in work.glob("step-*.pt")] == ["step-00000003.pt"]
+
+
+def test_own_text_will_do(tiny_bundle: Path, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distill, "OWN_WINDOWS", 2)
+    made = quantize(tiny_bundle, tmp_path / "out", recipe=str(files / "distilled.toml"), threads=1)
+    assert np.isfinite(divergence(made.bundle, tiny_bundle))
+
+
+def test_the_graph_in_torch_is_the_graph(distilled: Path, tmp_path: Path) -> None:
+    model = load_graph(distilled / GRAPH)
+    student = TorchGraph(model, partial(read_initializer, folder=distilled))
+    exact = onnx.load(distilled / GRAPH)
+    for node in exact.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "accuracy_level":
+                attribute.i = 1  # activations stay as they are
+    ids = np.random.default_rng(1).integers(0, 300, 50)
+    (tmp_path / "b").mkdir()
+    for file in distilled.iterdir():
+        if file.name != "manifest.json":
+            (tmp_path / "b" / file.name).write_bytes(file.read_bytes())
+    onnx.save(exact, tmp_path / "b" / GRAPH)
+    session = Session(open_bundle(tmp_path / "b"), threads=1)
+    expected = session.run(ids.tolist(), session.new_cache(), every_row=True)
+    with torch.no_grad():
+        got = student(torch.from_numpy(ids[None]))[0].numpy()
+    assert np.abs(got - expected).max() <= 1e-3 * expected.std()
