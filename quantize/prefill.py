@@ -21,7 +21,7 @@ import onnx
 from onnx import NodeProto, TensorProto, helper
 
 from gptedge.bundle import PREFILL, PREFILL_DATA
-from gptedge.graph_io import END_LOGIT, FIRST_LOGIT, LOGITS
+from gptedge.graph_io import LOGITS
 from gptedge.onnx_file import MICROSOFT, WeightFile, save_graph
 from gptedge.quantize.passes import Target, find_targets
 from gptedge.quantize.recipes import Group, Recipe, Scheme
@@ -124,7 +124,9 @@ def _cut_off_logits(graph: onnx.GraphProto) -> None:
             needed.update(node.input)
             nodes.append(node)
     initializers = [t for t in graph.initializer if t.name in needed]
-    inputs = [i for i in graph.input if i.name not in (FIRST_LOGIT, END_LOGIT)]
+    # Without their defaults, optional inputs that nothing reads would be asked for: rows of logits, adapters' matrices.
+    optional = {t.name for t in graph.initializer} - needed
+    inputs = [i for i in graph.input if i.name not in optional]
     del graph.node[:], graph.initializer[:], graph.input[:], graph.output[:]
     graph.node.extend(reversed(nodes))
     graph.initializer.extend(initializers)

@@ -121,9 +121,9 @@ def test_a_chat_forgets_what_another_adapter_made(adapted: Path) -> None:
         assert twin.send("more").timings.cached_tokens > 0
 
 
-@pytest.mark.parametrize("recipe", ["int4-rtn", "int4", "int8"])
-def test_quantized_bundles_take_adapters_too(recipe: str, adapted: Path, tmp_path: Path) -> None:
-    quantize(adapted / "bundle", tmp_path / "small", recipe=recipe)
+@pytest.mark.parametrize(("recipe", "prefill"), [("int4-rtn", "int8"), ("int4", None), ("int8", None)])
+def test_quantized_bundles_take_adapters_too(recipe: str, prefill: str | None, adapted: Path, tmp_path: Path) -> None:
+    quantize(adapted / "bundle", tmp_path / "small", recipe=recipe, prefill=prefill)
     ids = [i % 300 for i in ids_of(30)]
     with gptedge.load(tmp_path / "small") as model, gptedge.load(adapted / "a-bundle") as merged:
         cache = model.session.new_cache()
