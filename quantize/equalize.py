@@ -1,11 +1,11 @@
 """Evening out the columns of weights without data, so that a block's one scale suits all of its columns.
 
 Where factors can be moved from what makes a product's input into its weight (see seams), a channel's factor is
-spread^alpha / weight^(1 - alpha). Here `weight` is the size of the weight's column, its rows brought to one length, and
-`spread` what the graph itself tells of the channel's size: after a norm that is its gain; a channel that another
-product makes is as large as that product's row, each of its inputs weighed by its own spread. It is cross-layer
-equalization (Nagel et al. 2019, arXiv:1906.04721) with a share alpha left to the activations, as in AWQ (Lin et al.
-2023, arXiv:2306.00978). However columns were scaled before, what is rounded comes out the same.
+spread^alpha / weight^(1 - alpha). Here `weight` is the root mean square of the weight's column, and `spread` what the
+graph itself tells of the channel's size: after a norm that is its gain; a channel that another product makes is as
+large as that product's row, each of its inputs weighed by its own spread. It is cross-layer equalization (Nagel et al.
+2019, arXiv:1906.04721) with a share alpha left to the activations, as in AWQ (Lin et al. 2023, arXiv:2306.00978).
+However gains and columns were scaled against each other before, what is rounded comes out the same.
 
 The spreads that remain say how much a column's error counts.
 """
@@ -26,7 +26,7 @@ from gptedge.quantize.walk import Read
 
 FloatArray = npt.NDArray[np.float32]
 
-ALPHA = 0.35
+ALPHA = 0.25
 """How much of a channel's spread goes into the weights: 0 none, 1 all."""
 _SMALLEST = 1e-4  # of the largest channel: one that is never used keeps a factor
 _SAMPLE = 8  # rows that tell whether a weight lies on a grid
@@ -60,7 +60,7 @@ def equalize(model: onnx.ModelProto, read: Read, targets: Iterable[Target], *, c
         spread = _at_least(_spread(seam, made))
         factors = np.ones_like(spread)
         if seam.target.weight in names and not on_grid:
-            factors = balanced(spread, _at_least(_column_sizes(seam, spread, made.rescaling)), ALPHA)
+            factors = balanced(spread, _at_least(_column_sizes(seam, made.rescaling)), ALPHA)
             made.rescaling.add(seam, factors)
         made.spreads[seam.target.weight] = (spread / factors)[seam.channels]
     return made
@@ -77,16 +77,11 @@ def _spread(seam: Seam, made: Equalized) -> FloatArray:
     return np.sqrt(total)
 
 
-def _column_sizes(seam: Seam, spread: FloatArray, rescaling: Rescaling) -> FloatArray:
-    """Root mean square of each channel's columns [n], of the largest where several share a channel.
-
-    Rows count alike, whatever their size: each has scales of its own, and those of values and of an MLP's ungated half
-    are scaled themselves.
-    """
+def _column_sizes(seam: Seam, rescaling: Rescaling) -> FloatArray:
+    """Root mean square of each channel's columns [n], of the largest where several share a channel."""
+    sizes = np.zeros(int(seam.channels.max()) + 1, np.float32)
     weight = rescaling.matrix(seam.target.weight)
-    rows = np.sqrt(np.square(weight * spread[seam.channels]).sum(1, keepdims=True))
-    sizes = np.zeros(len(spread), np.float32)
-    np.maximum.at(sizes, seam.channels, np.sqrt(np.square(weight / np.maximum(rows, 1e-12)).mean(0)))
+    np.maximum.at(sizes, seam.channels, np.sqrt(np.square(weight).mean(0)))
     return sizes
 
 

@@ -13,7 +13,7 @@ from gptedge.quantize.equalize import equalize
 from gptedge.quantize.passes import Target, find_targets
 from gptedge.quantize.recipes import RECIPES
 from gptedge.quantize.rounding import dequantize, quantize_rows
-from gptedge.quantize.seams import Rescaling, find_seams
+from gptedge.quantize.seams import Rescaling, Seam, find_seams
 from gptedge.quantize.walk import Read
 from tests.conftest import tiny_config
 from tests.quantize.test_smooth import VARIANTS, logits, make
@@ -33,10 +33,14 @@ def directions(matrix: np.ndarray) -> np.ndarray:
     return rows
 
 
+def follows_norm(seam: Seam) -> bool:
+    return all("norm" in name for name, _ in seam.givers)
+
+
 def scaled(model: onnx.ModelProto, read: Read, targets: list[Target]) -> Read:
-    """The same function with columns scaled at random."""
+    """The same function with the norms' gains and the columns after them scaled at random."""
     rng, rescaling = np.random.default_rng(7), Rescaling(model, read)
-    for seam in find_seams(model, targets):
+    for seam in filter(follows_norm, find_seams(model, targets)):
         rescaling.add(seam, np.exp(rng.uniform(-0.7, 0.7, int(seam.channels.max()) + 1)).astype(np.float32))
     return rescaling.read
 
@@ -51,15 +55,14 @@ def test_the_function_stays_and_earlier_scales_are_undone(name: str, tmp_path: P
     before, after = logits(model, read, ids), logits(model, made.rescaling.read, ids)
     np.testing.assert_allclose(after, before, atol=2e-4 * before.std())
     tensors = {t.name: t for t in model.graph.initializer}
-    moved = 0
     for seam in find_seams(model, chosen):
         weight = seam.target.weight
         even, also = (directions(m.rescaling.matrix(weight)) for m in (made, again))
         np.testing.assert_allclose(also, even, rtol=2e-3, atol=2e-3 * np.abs(even).mean())
         first, second = (m.importance[weight] / m.importance[weight].mean() for m in (made, again))
         np.testing.assert_allclose(second, first, rtol=5e-3)
-        moved += not np.allclose(other(tensors[weight]), read(tensors[weight]), rtol=0.05)
-    assert moved > 3
+        if follows_norm(seam):
+            assert not np.allclose(other(tensors[weight]), read(tensors[weight]), rtol=0.05)
 
 
 def test_it_rounds_scaled_columns_better(tmp_path: Path) -> None:
