@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from gptedge.errors import BundleError, DataError, UsageError
 from gptedge.progress import Report, silent
-from gptedge.runtime.session import Session
+from gptedge.runtime.session import PREFILL_CHUNK, Session
 
 DEFAULT_CONTEXT = 512
 """Tokens of a window."""
@@ -163,7 +163,8 @@ def _log_probabilities(
 ) -> Iterator[npt.NDArray[np.float32]]:
     """Of every next token after the positions from `start` on, a few rows at a time."""
     cache = session.new_cache()
-    session.prefill(ids[:start].tolist(), cache)
+    for i in range(0, start, PREFILL_CHUNK):  # not by prefill: what is judged is the bundle's own graph
+        session.run(ids[i : min(i + PREFILL_CHUNK, start)].tolist(), cache)
     for i in range(start, len(ids) - 1, _ROWS):
         logits = session.run(ids[i : min(i + _ROWS, len(ids) - 1)].tolist(), cache, every_row=True)
         if not _finite_rows(logits).all():

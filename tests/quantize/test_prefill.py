@@ -14,6 +14,7 @@ from onnx import TensorProto, helper
 from gptedge import load
 from gptedge.bundle import PREFILL, PREFILL_DATA, open_bundle
 from gptedge.errors import UsageError
+from gptedge.evaluate.divergence import evaluate
 from gptedge.onnx_file import IR_VERSION, OPSETS, load_graph
 from gptedge.quantize.prefill import constants, integer_product
 from gptedge.quantize.quantizer import quantize
@@ -164,3 +165,16 @@ def test_the_product_does_not_saturate(sign: int) -> None:
     step = 5 / 127
     wanted = np.rint(x / step) * step @ np.full((k, n), sign * 127.0) * scales
     np.testing.assert_allclose(session.run(None, {"x": x})[0], wanted, rtol=1e-5, atol=1e-2)
+
+
+def test_quality_is_the_own_graphs(tiny_bundle: Path, text: Path, prompted: Path) -> None:
+    """So that a recipe is judged alike with and without a graph for prompts."""
+    plain = prompted.parent / f"{prompted.name}-plain"
+    quantize(tiny_bundle, plain, recipe=prompted.name.removesuffix("-prefill"), calibration=text, threads=1, force=True)
+    ids = np.random.default_rng(3).integers(0, 330, 600).tolist()
+    measured = []
+    for bundle in (prompted, plain):
+        session, reference = (Session(open_bundle(b), threads=1) for b in (bundle, tiny_bundle))
+        measured.append(evaluate(session, ids, reference=reference, context=280))
+        assert "_prompt_graph" not in vars(session)
+    assert measured[0].as_json() == measured[1].as_json()
