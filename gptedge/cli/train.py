@@ -39,6 +39,9 @@ def command(
     config: Annotated[Path | None, typer.Option(help="Settings in TOML; flags win over it.")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Weight updates to make.")] = None,
     max_seconds: Annotated[float | None, typer.Option(help="Time to train for.")] = None,
+    qat: Annotated[
+        str | None, typer.Option(help="int4 or int8: train with weights rounded as quantize will round them.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the first weights and the order of the data.")] = None,
     save_every: Annotated[int | None, typer.Option(help="Steps between saves that --resume continues from.")] = None,
     skip_bad: Annotated[
@@ -70,6 +73,7 @@ def command(
         "preset": preset,
         "max_steps": max_steps,
         "max_seconds": max_seconds,
+        "qat": qat,
         "seed": seed,
         "save_every": save_every,
         "threads": threads,

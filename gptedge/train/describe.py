@@ -11,6 +11,7 @@ from gptedge.train.config import TrainConfig
 from gptedge.train.presets import PRESETS
 
 Rows = list[list[str]]
+_NONE = ("max_seconds", "qat")  # settings whose None is not the preset's to fill
 
 
 def preset_rows() -> Rows:
@@ -33,8 +34,8 @@ def setting_rows() -> Rows:
     rows = [["key", "default", "bounds", "what it sets"]]
     for f in fields(TrainConfig):
         default = "the preset's" if f.default is None else f"{f.default}".lower()
-        if f.name in ("max_seconds", "max_steps"):
-            default = "none" if f.name == "max_seconds" else "the preset's"
+        if f.name in _NONE:
+            default = "none"
         _kind, low, high = TrainConfig.bounds.get(f.name, (str, None, None))
         bounds = "" if low is None else f"{low:g} to {high:g}"
         rows.append([f.name, default, bounds, docs[f.name]])

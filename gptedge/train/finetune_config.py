@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from gptedge.errors import UsageError
-from gptedge.train.qat import QAT_RECIPES
 from gptedge.train.settings import Bounds, LoopConfig
 
 _LEARNING_RATE_LORA, _LEARNING_RATE_FULL = 1e-3, 1e-4
@@ -36,8 +35,6 @@ class FinetuneConfig(LoopConfig):
     """Updates are multiplied by lora_alpha / lora_rank."""
     lora_targets: tuple[str, ...] | None = None
     """Layers of each block that get one, of q, k, v, o, gate, up, down; None is all that there are."""
-    qat: str | None = None
-    """int4 or int8: train with weights rounded as quantizing will round them."""
     validation_fraction: float = 0.0
     """Of the examples, held out to measure the loss on, and not learned."""
     embedding_scale: float = 1.0
@@ -49,8 +46,6 @@ class FinetuneConfig(LoopConfig):
             object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
         if self.batch_size is None:
             raise UsageError("batch_size is None; it must be a whole number from 1 to 1.04858e+06")
-        if self.qat is not None and self.qat not in QAT_RECIPES:
-            raise UsageError(f"qat is {self.qat!r}; it must be one of {', '.join(QAT_RECIPES)}")
 
     @property
     def peak_learning_rate(self) -> float:

@@ -6,6 +6,7 @@ What it writes, and how it is resumed, stands in `output`.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 
 from gptedge.checkpoint import TOKENIZER, TOKENIZER_CONFIG, write_checkpoint
 from gptedge.config import ModelConfig
+from gptedge.errors import UsageError
 from gptedge.tokenizer import Tokenizer
 from gptedge.train.config import TrainConfig
 from gptedge.train.corpus import Corpus, Files, Piece, Scan
@@ -33,9 +35,10 @@ from gptedge.train.output import (
 )
 from gptedge.train.prepare import END_OF_TEXT, end_of_text, learn_tokenizer, scan_text, tokenize
 from gptedge.train.processes import Processes, processes, whole
+from gptedge.train.qat import RoundedLoss, fake_quantize, refresh, refresh_is_due, rounded_weights
 from gptedge.train.sample import OnModel
 from gptedge.train.stdlib import stdlib_corpus
-from gptedge.train.trainer import OnStep, Trainer
+from gptedge.train.trainer import OnStep, StepReport, Trainer
 from gptedge.train.utilisation import flops_per_token, peak_flops
 from gptedge.train.windows import RandomWindows
 
@@ -91,6 +94,8 @@ def run_training(
     `on_model` is shown what is about to be trained, where one process holds all of it.
     Raises OutputExistsError, UsageError, DataError, CheckpointError, TrainingError; KeyboardInterrupt saves the state.
     """
+    if config.qat and (shard or int(os.environ.get("WORLD_SIZE", "1")) > 1):
+        raise UsageError(f"--qat {config.qat} trains in one process; leave out --shard, and start it without torchrun")
     with processes(shard=shard) as these:
         if not these.leads:
             on_step, on_message = (lambda report: None), (lambda message: None)
@@ -123,14 +128,16 @@ def _train(
     torch.manual_seed(config.seed)
     model = GPT(run.model, dropout=config.dropout, z_loss=config.z_loss)
     parameters = model.n_parameters()
+    if config.qat:
+        fake_quantize(model, config.qat)
     trainer = _make_trainer(out, run, config, model, these)
     if resume:
         resume_trainer(trainer, out, on_message)
     on_message(f"model: {parameters:,} parameters; {precision_line(trainer)}; {these.describe()}")
     if on_model is not None:
         on_model(model, run.tokenizer)
-    trainer.train(on_step)
-    weights = whole(model.state_dict())
+    trainer.train(_refreshing(model, trainer, on_step) if config.qat else on_step)
+    weights = whole(rounded_weights(model) if config.qat else model.state_dict())
     if these.leads:
         _write(out, run, weights)
     speed = trainer.tokens_seen / trainer.elapsed_s
@@ -206,7 +213,19 @@ def _make_trainer(out: Path, run: _Run, config: TrainConfig, model: GPT, these: 
         eval_windows=config.eval_windows,
         seed=config.seed,
     )
-    return Trainer(config, model, windows, folder=out / STATE, metrics=out / METRICS, processes=these)
+    trained = RoundedLoss(model) if config.qat else model
+    return Trainer(config, trained, windows, folder=out / STATE, metrics=out / METRICS, processes=these)
+
+
+def _refreshing(model: GPT, trainer: Trainer, on_step: OnStep) -> OnStep:
+    """Scales follow the weights, but stay for those that are written; a state that is saved after a step has them."""
+
+    def step(report: StepReport) -> None:
+        if refresh_is_due(report.step) and not trainer.is_done:
+            refresh(model)
+        on_step(report)
+
+    return step
 
 
 # ---- the checkpoint ------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.utils import parametrize
 
 from gptedge.errors import UsageError
 from gptedge.tokenizer import Tokenizer
@@ -50,7 +51,8 @@ def write(model: GPT, tokenizer: Tokenizer, prompt: str, *, tokens: int, seed: i
     was_training = model.training
     model.eval()  # dropout would draw random numbers
     try:
-        made = _continue(model, ids, tokens, torch.Generator().manual_seed(seed), tokenizer.eos_id)
+        with parametrize.cached():  # rounded weights, where training rounds them, are made once
+            made = _continue(model, ids, tokens, torch.Generator().manual_seed(seed), tokenizer.eos_id)
     finally:
         model.train(was_training)
     return prompt + tokenizer.decode(made)

@@ -18,6 +18,8 @@ Precision = Literal["auto", "fp32", "bf16"]
 Schedule = Literal["cosine", "trapezoid"]
 Bounds = dict[str, tuple[type, float, float]]
 """name -> kind, lowest, highest"""
+QAT_RECIPES = {"int4": "int4-rtn", "int8": "int8-weight"}
+"""Roundings that can be trained with, and the data-free recipe of `quantize` that each is for."""
 
 # May differ when a run is resumed: they say how far to go, what to report and how to share the work of a step out.
 RESUMABLE_CHANGES = frozenset({"max_steps", "max_seconds", "eval_every", "save_every", "keep_states", "patience"}) | {
@@ -87,6 +89,8 @@ class LoopConfig:
     """bf16 runs matrix products in bfloat16; auto does where the processor gains by it (AMX, and GPUs that have it)."""
     compile: bool = False
     """Compile the model with torch.compile: minutes before the first step, and faster ones on a GPU."""
+    qat: str | None = None
+    """int4 or int8: train with weights rounded as quantizing will round them; one process, no sharding."""
     threads: int = 0
     """Processor threads; 0 leaves it to torch."""
     eval_every: int = 100
@@ -108,6 +112,8 @@ class LoopConfig:
             raise UsageError(f"schedule is {self.schedule!r}; it must be one of cosine, trapezoid")
         if not isinstance(self.compile, bool):
             raise UsageError(f"compile is {self.compile!r}; it must be true or false")
+        if self.qat is not None and self.qat not in QAT_RECIPES:
+            raise UsageError(f"qat is {self.qat!r}; it must be one of {', '.join(QAT_RECIPES)}")
         for name, (kind, low, high) in self.bounds.items():
             _check_number(name, getattr(self, name), kind, low, high)
 

@@ -22,7 +22,7 @@ from gptedge.quantize.quantizer import quantize
 from gptedge.train.finetune import finetune
 from gptedge.train.finetune_config import FinetuneConfig
 from gptedge.train.model import GPT
-from gptedge.train.qat import QAT_RECIPES
+from gptedge.train.settings import QAT_RECIPES
 from tests.export.test_decoder import random_model
 from tests.export.test_gguf import tiny_llama
 from tests.train.test_run import Crash, crash_at, interrupt_at, outcome

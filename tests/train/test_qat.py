@@ -19,7 +19,8 @@ from gptedge.quantize.quantizer import quantize
 from gptedge.quantize.recipes import RECIPES
 from gptedge.quantize.rounding import Blocks, dequantize
 from gptedge.train.model import GPT
-from gptedge.train.qat import QAT_RECIPES, fake_quantize, refresh, rounded_weights
+from gptedge.train.qat import fake_quantize, refresh, rounded_weights
+from gptedge.train.settings import QAT_RECIPES
 
 
 @pytest.fixture
