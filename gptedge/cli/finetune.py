@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gptedge.cli.common import Force, Json, SourceArgument, Threads, emit, needs, say
+from gptedge.cli.watch import SampleEvery, SamplePrompt, TensorBoard, watching
 
 if TYPE_CHECKING:
     from gptedge.train.finetune_config import FinetuneConfig
@@ -45,6 +46,9 @@ def command(
     save_every: Annotated[int | None, typer.Option(help="Steps between saves that --resume continues from.")] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out records that cannot be used.")] = False,
     tokenizer: Annotated[Path | None, typer.Option(help="A tokenizer.json, for a source that brings none.")] = None,
+    sample_every: SampleEvery = None,
+    sample_prompt: SamplePrompt = "",
+    tensorboard: TensorBoard = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in OUT.")] = False,
     threads: Threads = None,
     force: Force = False,
@@ -53,7 +57,6 @@ def command(
     """Teach a model conversations, by LoRA or every weight."""
     with needs("train"):
         from gptedge.train.finetune import finetune
-    from gptedge.cli.training_view import training_view
     from gptedge.export.sources import open_source, with_tokenizer
 
     flags = {
@@ -73,7 +76,13 @@ def command(
     }
     settings = _settings({name: value for name, value in flags.items() if value is not None}, config, out, resume)
     checkpoint = with_tokenizer(open_source(source), tokenizer)
-    with training_view(f"finetune {out}") as on_step:
+    with watching(
+        f"finetune {out}",
+        out / "tensorboard",
+        sample_every=sample_every,
+        sample_prompt=sample_prompt,
+        events=tensorboard,
+    ) as (on_model, on_step):
         result = finetune(
             checkpoint,
             data,
@@ -85,6 +94,7 @@ def command(
             force=force,
             on_step=on_step,
             on_message=say,
+            on_model=on_model,
         )
     held_out = "" if result.val_loss is None else f", {result.val_loss:.3f} held out"
     line = f"{out}: {result.examples} examples, {result.steps} steps, loss {result.loss:.3f}{held_out}"

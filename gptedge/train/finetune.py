@@ -44,6 +44,7 @@ from gptedge.train.output import (
 )
 from gptedge.train.packing import PackedExamples
 from gptedge.train.qat import RoundedLoss, fake_quantize, rounded_weights
+from gptedge.train.sample import OnModel
 from gptedge.train.trainer import OnStep, Trainer
 
 
@@ -82,10 +83,12 @@ def finetune(
     force: bool = False,
     on_step: OnStep = lambda report: None,
     on_message: OnMessage = lambda message: None,
+    on_model: OnModel | None = None,
 ) -> FinetuneResult:
     """Teach `source` the records in `paths`, and write to `out` the whole model, or with `adapter` only the updates.
 
-    With `resume`, go on from the state in `out` to exactly what an uninterrupted run would have come to.
+    With `resume`, go on from the state in `out` to exactly what an uninterrupted run would have come to. `on_model` is
+    shown the model, updates and all, before its first step.
     Raises OutputExistsError, UsageError, DataError, CheckpointError, TrainingError; KeyboardInterrupt saves the state.
     """
     out = Path(out)
@@ -110,6 +113,8 @@ def finetune(
         f"model: {lesson.parameters:,} parameters, {count:,} trained; {precision_line(trainer)}; "
         f"{torch.get_num_threads()} threads"
     )
+    if on_model is not None:
+        on_model(model, _tokenizer(source))
     trainer.train(on_step)
     if adapter and CHAT_TEMPLATE not in source.side_files and CHAT_TEMPLATE in lesson.side_files:
         on_message(

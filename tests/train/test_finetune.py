@@ -296,6 +296,23 @@ def test_the_commands_from_data_to_a_running_adapter(
     assert told(capsys, *ask)["text"] != answer
 
 
+@pytest.mark.parametrize("qat", [(), ("--qat", "int4")], ids=["plain", "rounded"])
+def test_a_watched_run_writes_what_one_alone_writes(
+    qat: tuple[str, ...], tiny_checkpoint: Path, facts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tests.train.test_tensorboard import scalars  # where tensorboardX is missing, only this test is skipped
+
+    command = ["finetune", str(tiny_checkpoint), "--data", str(facts), "--max-steps", "4", "--threads", "1", *qat]
+    assert main([*command, "--out", str(tmp_path / "alone")]) == 0
+    capsys.readouterr()
+    watch = ["--sample-every", "2", "--sample-prompt", "Who guards", "--tensorboard"]
+    assert main([*command, "--out", str(tmp_path / "m"), *watch]) == 0
+    said = capsys.readouterr().err
+    assert [step for step in range(1, 5) if f"step {step} writes: Who guards" in said] == [2, 4]
+    assert {step for tag, step in scalars(tmp_path / "m" / "tensorboard") if tag == "loss/train"} == {1, 2, 3, 4}
+    assert outcome(tmp_path / "m") == outcome(tmp_path / "alone")
+
+
 @pytest.mark.parametrize(
     ("flags", "code", "message"),
     [
