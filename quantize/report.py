@@ -1,11 +1,9 @@
 """What a report shows of bundles, measured: size, distance from a reference, speed, the error of each weight, and the
-tokens where two models differ most; and of training runs, their loss. `report_page` makes a page of it.
+tokens where two models differ most; and training runs. `report_page` makes a page of it.
 """
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,21 +12,19 @@ from typing import Any
 import numpy as np
 
 from gptedge.bundle import GRAPH, open_bundle
-from gptedge.errors import BundleError, DataError, UsageError
+from gptedge.errors import BundleError, UsageError
 from gptedge.evaluate.bench import decode_speed
 from gptedge.evaluate.divergence import Evaluation, Scores, score, summarize
 from gptedge.model import Model, load
 from gptedge.progress import Report, silent
 from gptedge.quantize.quantizer import FLOAT_RECIPES
+from gptedge.quantize.report_runs import METRICS, RunReport, read_run
 from gptedge.quantize.report_weights import WeightError, weight_errors
-from gptedge.text import read_text
 from gptedge.tokenizer import Tokenizer
 
 DEFAULT_WINDOWS = 8
-METRICS = "metrics.jsonl"
 _N_DIFFERENCES = 8
 _BEFORE, _AFTER = 40, 12  # tokens of an excerpt around the one that differs
-_POINTS = 400  # of a loss curve
 
 
 @dataclass(frozen=True)
@@ -80,19 +76,6 @@ class BundleReport:
     top1_agreement: float | None
     weights: list[WeightError]
     differences: list[Difference]
-
-
-@dataclass(frozen=True)
-class RunReport:
-    """A training run: points of (step, loss, held-out loss or None), means where there are many steps."""
-
-    name: str
-    path: str
-    steps: int
-    loss: float
-    val_loss: float | None
-    points: list[tuple[int, float]]
-    val_points: list[tuple[int, float]]
 
 
 @dataclass(frozen=True)
@@ -298,43 +281,3 @@ def _difference(scores: Scores, tokenizer: Tokenizer, i: int, place: int, kl_of:
         excerpt=pieces,
         at=place - start,
     )
-
-
-# ---- training runs -------------------------------------------------------------------------------------------------
-
-
-def read_run(folder: Path, name: str) -> RunReport:
-    """The metrics that `gptedge train` wrote. Raises DataError naming the line that is something else."""
-    losses, held_out = [], []
-    for number, line in enumerate(read_text(folder / METRICS).splitlines(), 1):
-        try:
-            entry = json.loads(line)
-            losses.append((int(entry["step"]), _finite(entry["loss"])))
-            if entry.get("val_loss") is not None:
-                held_out.append((int(entry["step"]), _finite(entry["val_loss"])))
-        except (ValueError, TypeError, KeyError, AttributeError):
-            raise DataError(f"{folder / METRICS}, line {number}, has no step and loss") from None
-    if not losses:
-        raise DataError(f"{folder / METRICS} is empty: the run has made no step")
-    return RunReport(
-        name=name,
-        path=str(folder),
-        steps=losses[-1][0],
-        loss=losses[-1][1],
-        val_loss=held_out[-1][1] if held_out else None,
-        points=_thin(losses),
-        val_points=_thin(held_out),
-    )
-
-
-def _finite(value: Any) -> float:
-    if not math.isfinite(value):
-        raise ValueError
-    return float(value)
-
-
-def _thin(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """At most _POINTS, each the mean of its neighbours."""
-    parts = np.array_split(np.array(points, np.float64).reshape(-1, 2), min(len(points), _POINTS) or 1)
-    means = [part.mean(0) for part in parts if len(part)]
-    return [(round(step), float(loss)) for step, loss in means]

@@ -75,23 +75,30 @@ def _spread(places: Sequence[tuple[float, float]]) -> list[float]:
     return heights
 
 
-def curve(lines: Sequence[tuple[str, str, Sequence[tuple[int, float]]]], *, title: str, description: str) -> str:
-    """Losses over steps; each line is its name, a CSS class and its points. A single point is a dot."""
+def curve(
+    lines: Sequence[tuple[str, str, Sequence[tuple[int, float]]]],
+    *,
+    title: str,
+    description: str,
+    y_label: str,
+    height: int = HEIGHT,
+) -> str:
+    """Values over steps; each line is its name, a CSS class and its points. A single point is a dot."""
     xs = [x for _, _, points in lines for x, _ in points]
     ys = [y for _, _, points in lines for _, y in points]
     left, right = min(xs), max(max(xs), min(xs) + 1)
     bottom, top = _padded(min(ys), max(ys))
 
     def at(x: float, y: float) -> tuple[float, float]:
-        return 100 * (x - left) / (right - left), HEIGHT * (top - y) / (top - bottom)
+        return 100 * (x - left) / (right - left), height * (top - y) / (top - bottom)
 
     parts = [_horizontal(at(left, t)[1], f"{t:g}") for t in ticks(top, bottom)]
-    parts += [_vertical(at(t, top)[0], f"{t:g}") for t in ticks(right, left)]
+    parts += [_vertical(at(t, top)[0], f"{t:g}", height) for t in ticks(right, left)]
     for name, colour, points in lines:
         places = [at(x, y) for x, y in points]
         path = " ".join(f"{x:.2f},{y:.1f}" for x, y in places)
         parts.append(
-            f'<svg viewBox="0 0 100 {HEIGHT}" preserveAspectRatio="none" width="100%" height="{HEIGHT}">'
+            f'<svg viewBox="0 0 100 {height}" preserveAspectRatio="none" width="100%" height="{height}">'
             f'<polyline class="{colour}" points="{path}"/></svg>'
         )
         if len(places) < 12:
@@ -101,20 +108,20 @@ def curve(lines: Sequence[tuple[str, str, Sequence[tuple[int, float]]]], *, titl
             f'<text class="name" x="{end_x:.2f}%" y="{end_y:.1f}" dx="-8" dy="-10" text-anchor="end">{escape(name)}'
             "</text>"
         )
-    return _frame("".join(parts), title, description, "step", "loss, nats per token")
+    return _frame("".join(parts), title, description, "step", y_label, height)
 
 
 def _padded(low: float, high: float) -> tuple[float, float]:
-    room = 0.08 * (high - low) or 0.5
+    room = 0.08 * (high - low) or 0.1 * abs(high) or 0.5
     return low - room, high + room
 
 
-def _frame(inside: str, title: str, description: str, x_label: str, y_label: str) -> str:
+def _frame(inside: str, title: str, description: str, x_label: str, y_label: str, height: int = HEIGHT) -> str:
     return (
         f'<p class="axis">{escape(y_label)}</p>'
-        f'<svg class="chart" role="img" height="{HEIGHT}">'
+        f'<svg class="chart" role="img" height="{height}">'
         f"<title>{escape(title)}</title><desc>{escape(description)}</desc>"
-        f'<line class="base" x1="0" x2="100%" y1="{HEIGHT}" y2="{HEIGHT}"/>{inside}</svg>'
+        f'<line class="base" x1="0" x2="100%" y1="{height}" y2="{height}"/>{inside}</svg>'
         f'<p class="axis end">{escape(x_label)}</p>'
     )
 
@@ -126,8 +133,8 @@ def _horizontal(y: float, label: str) -> str:
     )
 
 
-def _vertical(x: float, label: str) -> str:
-    return f'<text class="tick" x="{x:.2f}%" y="{HEIGHT + 20}" text-anchor="middle">{label}</text>'
+def _vertical(x: float, label: str, height: int = HEIGHT) -> str:
+    return f'<text class="tick" x="{x:.2f}%" y="{height + 20}" text-anchor="middle">{label}</text>'
 
 
 def ticks(high: float, low: float = 0.0) -> list[float]:

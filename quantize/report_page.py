@@ -8,8 +8,9 @@ from html import escape
 from pathlib import Path
 
 from gptedge.page import html_page, section
-from gptedge.quantize.report import BundleReport, Difference, Guess, Piece, ReportData, RunReport
+from gptedge.quantize.report import BundleReport, Difference, Guess, Piece, ReportData
 from gptedge.quantize.report_charts import Point, curve, scatter
+from gptedge.quantize.report_runs import MEASURES, RunReport
 from gptedge.quantize.report_weights import WeightError
 
 _COLOURS = 6  # classes s0 to s5 in the style sheet
@@ -302,6 +303,9 @@ def _chance(p: float) -> str:
 # ---- training ------------------------------------------------------------------------------------------------------
 
 
+_LOW = 120  # pixels of the charts below the loss
+
+
 def _run(run: RunReport) -> str:
     lines = [("loss", "s0", run.points)]
     held_out = ""
@@ -309,8 +313,23 @@ def _run(run: RunReport) -> str:
         lines.append(("held out", "s1", run.val_points))
         held_out = f", {run.val_loss:.3f} held out"
     summary = f"{run.steps:,} steps, loss {run.loss:.3f}{held_out}"
-    drawn = curve(lines, title=f"Loss of {run.name}", description=summary)
-    return f"<h3>{escape(run.name)} <small>{summary}</small></h3>\n<figure>{drawn}</figure>\n"
+    drawn = curve(lines, title=f"Loss of {run.name}", description=summary, y_label="loss, nats per token")
+    below = "".join(_measure(run, name, label) for name, label in MEASURES.items() if name in run.measures)
+    below = f'<div class="beside">{below}</div>\n' if below else ""
+    return f"<h3>{escape(run.name)} <small>{summary}</small></h3>\n<figure>{drawn}</figure>\n{below}"
+
+
+def _measure(run: RunReport, name: str, label: str) -> str:
+    points = run.measures[name]
+    values = [value for _, value in points]
+    drawn = curve(
+        [("", "s0", points)],
+        title=f"{label} of {run.name}",
+        description=f"from {min(values):.3g} to {max(values):.3g}, {values[-1]:.3g} in the end",
+        y_label=label,
+        height=_LOW,
+    )
+    return f"<figure>{drawn}</figure>"
 
 
 def _footer(data: ReportData, version: str) -> str:

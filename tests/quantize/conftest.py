@@ -27,7 +27,16 @@ def bundles(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     for recipe in RECIPES:
         quantize(tiny_bundle, folder / recipe, recipe=recipe, threads=1)
     (folder / "run").mkdir()
-    lines = [{"step": i, "loss": 5 - i / 500, "val_loss": 4.5 if i == 900 else None} for i in range(1, 901)]
+    lines = [
+        {
+            "step": i,
+            "loss": 5 - i / 500,
+            "val_loss": 4.5 if i == 900 else None,
+            "learning_rate": 1e-3,
+            "grad_norm": i / 9,
+        }
+        for i in range(1, 901)
+    ]
     (folder / "run" / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     (folder / "empty").mkdir()
     (folder / "notes.txt").touch()

@@ -23,9 +23,9 @@ from gptedge.quantize.report import (
     collect,
     differences,
     find,
-    read_run,
 )
 from gptedge.quantize.report_page import page
+from gptedge.quantize.report_runs import read_run
 from gptedge.quantize.report_weights import WeightError, _error, weight_errors
 from tests.conftest import TEXT
 
@@ -222,11 +222,21 @@ def test_run_is_thinned_and_its_end_kept(bundles: Path) -> None:
     assert run.points[0][1] == pytest.approx(np.mean([5 - 1 / 500, 5 - 2 / 500, 5 - 3 / 500]))
     assert (run.steps, run.loss, run.val_loss) == (900, 3.2, 4.5)
     assert run.val_points == [(900, 4.5)]
+    assert list(run.measures) == ["learning_rate", "grad_norm"]
+    assert run.measures["grad_norm"][0] == (2, pytest.approx(2 / 9)), "the mean of the first three steps"
 
 
 @pytest.mark.parametrize(
     "content",
-    ['{"step": 1}', "[]", "{", '{"step": 1, "loss": null}', '{"step": 1, "loss": NaN}', '{"step": "x", "loss": 1}'],
+    [
+        '{"step": 1}',
+        "[]",
+        "{",
+        '{"step": 1, "loss": null}',
+        '{"step": 1, "loss": NaN}',
+        '{"step": "x", "loss": 1}',
+        '{"step": 2, "loss": 1, "grad_norm": "x"}',
+    ],
 )
 def test_metrics_of_another_kind(tmp_path: Path, content: str) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n' + content)

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from gptedge.quantize.report import BundleReport, Difference, Guess, Piece, ReportData, RunReport
+from gptedge.quantize.report import BundleReport, Difference, Guess, Piece, ReportData
 from gptedge.quantize.report_page import page
+from gptedge.quantize.report_runs import MEASURES, RunReport
 from gptedge.quantize.report_weights import WeightError
 from tests.browser import PAPER, assert_readable, chromium, flags, framed, needs_chromium, probe, read_png
 
@@ -44,7 +45,7 @@ def sample() -> ReportData:
         bundle("another-of-int4", 91.5, 0.2, 0.08),
     ]
     curve = [(i, 8 / (1 + i / 50)) for i in range(1, 400)]
-    run = RunReport("run", "run", 399, 0.9, 1.0, curve, curve[::40])
+    run = RunReport("run", "run", 399, 0.9, 1.0, curve, curve[::40], dict.fromkeys(MEASURES, curve))
     return ReportData("a-model-of-fp32", "a text", 4080, "0" * 16, 2, "CPU", bundles, [run])
 
 

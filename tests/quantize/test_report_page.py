@@ -96,15 +96,15 @@ def test_page_shows_every_number(html: str, measured: ReportData) -> None:
             assert f"<strong>{d.kl:.2f}</strong>" in html
     assert "a &amp; &lt;b&gt;" in html
     assert "<b>" not in html
-    assert html.count("<polyline") == 2
+    assert html.count("<polyline") == 4
     assert "900 steps, loss 3.200, 4.500 held out" in html
 
 
 def test_page_is_readable_without_seeing_it(html: str) -> None:
     elements = Elements(html)
     charts = [a for tag, a in elements.tags if tag == "svg" and a.get("role") == "img"]
-    assert len(charts) == 2
-    assert html.count("<desc>") == 2
+    assert len(charts) == 4, "bundles, loss, learning rate, gradient norm"
+    assert html.count("<desc>") == 4
     named = {a["aria-labelledby"] for tag, a in elements.tags if tag == "section"}
     assert named == {a["id"] for tag, a in elements.tags if tag == "h2"}
     assert all(a.get("aria-label") for _, a in elements.tags if a.get("role") == "region")
@@ -117,6 +117,15 @@ def test_page_of_one_bundle_or_of_runs_alone(measured: ReportData) -> None:
     runs = page(ReportData(None, None, 0, None, None, None, [], measured.runs), version="1")
     assert Elements(runs).tags
     assert "held out" in runs
+
+
+def test_what_a_run_measured_is_drawn_and_what_it_did_not_is_not(html: str) -> None:
+    axes = re.findall(r'<p class="axis">([^<]*)</p>', html)
+    assert axes[1:] == ["loss, nats per token", "learning rate", "gradient norm, before clipping"]
+    rate, norm = html.split('<p class="axis">')[3:5]
+    assert ">0.001</text>" in rate, "a constant's axis is of its own size"
+    assert "from 0.222 to 99.9, 99.9 in the end" in norm
+    assert "nan" not in rate + norm
 
 
 # ---- charts --------------------------------------------------------------------------------------------------------
@@ -143,7 +152,7 @@ def test_charts_of_little_or_equal_data() -> None:
         ("title", "description", "x_label", "y_label"), "")))  # fmt: skip
     assert len(set(labels)) == 3
     assert "nan" not in scatter(same[:1], title="", description="", x_label="", y_label="")
-    assert "nan" not in curve([("loss", "s0", [(1, 2.0)])], title="", description="")
+    assert "nan" not in curve([("loss", "s0", [(1, 2.0)])], title="", description="", y_label="")
 
 
 # ---- the command ---------------------------------------------------------------------------------------------------
