@@ -185,8 +185,8 @@ def test_another_exporter_that_is_not_installed(
     ("flags", "message"),
     [
         (["--via", "optimim"], "did you mean optimum?"),
-        (["--via", "optimum", "--portable"], "leave out --portable and --dtype"),
-        (["--via", "optimum", "--dtype", "fp16"], "leave out --portable and --dtype"),
+        (["--via", "optimum", "--portable"], "leave out --portable, --lora-inputs and --dtype"),
+        (["--via", "optimum", "--dtype", "fp16"], "leave out --portable, --lora-inputs and --dtype"),
     ],
 )
 def test_exporters_that_do_not_go_together(
