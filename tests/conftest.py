@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -26,6 +27,12 @@ TEXT = (
     "The quick brown fox jumps over the lazy dog. 0123456789 and then some more text, so that merges are learned; "
     "漢字かな交じり文と絵文字 👩‍👩‍👧 لغة עברית naïve café. "
 ) * 20
+
+
+def pytest_configure() -> None:
+    """A suite that a shell runs in the background ignores Ctrl+C, and so would the commands that it starts."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def make_tokenizer() -> Tokenizer:

@@ -140,10 +140,14 @@ def test_ctrl_c_in_a_terminal_saves_and_leaves_it_clean(text_file: Path, tmp_pat
     environment.pop("NO_COLOR", None)
     child = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment, close_fds=True)
     os.close(theirs)
-    seen = read_until(ours, b"writes", child)
-    child.send_signal(signal.SIGINT)
-    seen += read_until(ours, None, child)
-    assert child.wait(60) == 130
+    try:
+        seen = read_until(ours, b"writes", child)
+        child.send_signal(signal.SIGINT)
+        seen += read_until(ours, None, child)
+        assert child.wait(60) == 130
+    finally:
+        child.kill()
+        os.close(ours)
     after = seen[seen.rindex(b"\x1b[?1049l") :]
     assert b"\x1b[?25h" in seen
     assert b"the cat" in seen
