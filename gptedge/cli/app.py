@@ -18,7 +18,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from gptedge.cli.common import nearest
+from gptedge.cli.common import Ended, nearest
 from gptedge.errors import EXIT_INTERRUPTED, GateFailed, GptEdgeError, UsageError
 
 # Each is a file in this folder with a function `command`; in the order of the help page.
@@ -82,6 +82,8 @@ def main(arguments: list[str] | None = None) -> int:
         if result == EXIT_INTERRUPTED:  # what some versions of typer make of a KeyboardInterrupt
             return _fail("interrupted", EXIT_INTERRUPTED, wants_json)
         return result if isinstance(result, int) else 0
+    except Ended as e:
+        return e.exit_code
     except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted", EXIT_INTERRUPTED, wants_json)
     except BrokenPipeError:  # the reader of our output has gone, as with `| head`

@@ -29,6 +29,15 @@ SourceArgument = Annotated[
 ]
 BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder made by export or quantize.")]
 
+
+class Ended(Exception):
+    """A verb has ended with this exit code, and has said all there is to say."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(exit_code)
+        self.exit_code = exit_code
+
+
 # SamplingParams, as options; their defaults stand there.
 MaxTokens = Annotated[int, typer.Option(help="Most tokens of a reply.")]
 Temperature = Annotated[float, typer.Option(help="0 is greedy decoding.")]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from gptedge.cli.common import BundleArgument, ContextOverflow, Json, Provider, Threads, needs, say
+from gptedge.cli.common import BundleArgument, ContextOverflow, Ended, Json, Provider, Threads, needs, say
 from gptedge.errors import EXIT_INTERRUPTED
 from gptedge.serve.settings import ServerSettings, read_api_key
 
@@ -33,7 +33,7 @@ def command(
     threads: Threads = None,
     provider: Provider = None,
     as_json: Json = False,
-) -> int:
+) -> NoReturn:
     """Serve a bundle to programs that speak OpenAI's API."""
     settings = ServerSettings(
         host=host,
@@ -56,7 +56,7 @@ def command(
             with suppress(KeyboardInterrupt):
                 Server(model, settings, on_ready=lambda: _tell(url, model, as_json)).serve_forever(sock)
     say("gptedge: stopped")
-    return EXIT_INTERRUPTED  # nothing else ends a server
+    raise Ended(EXIT_INTERRUPTED)  # nothing else ends a server
 
 
 def _tell(url: str, model: Model, as_json: bool) -> None:

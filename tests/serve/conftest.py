@@ -21,6 +21,7 @@ import pytest
 from gptedge.bundle import Bundle
 from gptedge.chat_template import ChatTemplate
 from gptedge.errors import DataError, TokenizerError
+from gptedge.graph_io import INPUT_IDS
 from gptedge.model import Model
 from gptedge.runtime.kv_cache import CacheLayout
 from gptedge.runtime.session import Session
@@ -81,22 +82,35 @@ class FakeSession(Session):
         self._ort: Any = None
         self.bundle = bundle
         self.lock = threading.Lock()
-        self.signature: Any = SimpleNamespace(cache=CacheLayout(shapes=(), dtype=np.float32, shared=True))
+        self.signature: Any = SimpleNamespace(
+            cache=CacheLayout(shapes=(), dtype=np.float32, shared=True),
+            logits_dtype=np.float32,
+            takes_positions=False,
+            picks_rows=False,
+        )
+        self.provider = "CPUExecutionProvider"
+        self._session: Any = None
         self.vocab_size = VOCAB
         self.context_length = context_length
         self.delay_s = 0.0
         self.fails = False
         self.n_tokens_run = 0
 
-    def _run(self, ids: Any, past: int, total: int, cache: Any, every_row: bool) -> Any:
+    def room_to_guess(self, cache: Any, left: int) -> int:
+        """None: the tests count the tokens that are run."""
+        return 0
+
+    def _call(self, graph: Any, feeds: Any, cache: Any, *logits: Any) -> Any:
+        ids = feeds[INPUT_IDS][0]
         if self.fails:
             raise ValueError("secret detail")
         if self.delay_s:
             time.sleep(self.delay_s)
-        self.n_tokens_run += ids.shape[1]
-        logits = np.zeros((1, VOCAB), np.float32)
-        logits[0, follower(int(ids[0, -1]))] = 20.0
-        return logits
+        self.n_tokens_run += len(ids)
+        for row, token in zip(logits[0][0], ids, strict=True):
+            row[:] = 0
+            row[follower(int(token))] = 20.0
+        return logits[0]
 
 
 def fake_model(folder: Path, context_length: int = 2000) -> Model:
