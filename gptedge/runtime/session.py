@@ -211,13 +211,13 @@ class Session:
             yield logits
 
     def _agree(self, ids: Sequence[int], cache: KVCache) -> bool:
-        """Whether this processor's kernels keep what `checked` promises: tried on the first guess."""
+        """Whether this processor's kernels keep what `checked` promises: tried on the first guess, in two rows of it."""
         before = len(cache)
         together = self.run(ids, cache, every_row=True)
         cache.truncate(before)
-        alone = np.stack(list(self._one_by_one(ids, cache)))
+        two = self.run(ids[:2], cache, every_row=True)
         cache.truncate(before)
-        return np.array_equal(together, alone)
+        return np.array_equal(together[:2], two)
 
     def _append(self, graph: Any, ids: Sequence[int], cache: KVCache) -> None:
         """Append `ids` to `cache` by a graph that gives no logits."""
