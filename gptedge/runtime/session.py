@@ -211,7 +211,7 @@ class Session:
             yield logits
 
     def _agree(self, ids: Sequence[int], cache: KVCache) -> bool:
-        """Whether this processor's kernels keep what `checked` promises: tried on the first guess, in two rows of it."""
+        """Whether the kernels here keep what `checked` promises: tried on the first guess, by its first two rows."""
         before = len(cache)
         together = self.run(ids, cache, every_row=True)
         cache.truncate(before)
