@@ -74,7 +74,7 @@ def test_keys_and_values_are_those_of_the_float_graph(tiny_bundle: Path, prompte
         difference = contents(cache)[:, :-1] - contents(exact)[:, :-1]  # the last token is the own graph's
         return float(np.sqrt(np.mean(difference**2)) / contents(exact).std())
 
-    assert 0 < error(fast) < 0.05
+    assert 0 < error(fast) < 0.06  # evening out columns has scaled values a little, too
     assert "int4" not in prompted.name or error(own) > 2 * error(fast)
 
 
