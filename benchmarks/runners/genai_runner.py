@@ -7,8 +7,8 @@ import time
 
 work = json.load(sys.stdin)
 begin = time.perf_counter()
-import numpy as np  # noqa: E402  (importing is part of loading)
-import onnxruntime_genai as og  # noqa: E402
+import numpy as np  # noqa: E402  (importing is timed, or must not be)
+import onnxruntime_genai as og  # noqa: E402  (importing is timed, or must not be)
 
 config = og.Config(work["model"])
 config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": work["threads"]}}}}))

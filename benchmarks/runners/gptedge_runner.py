@@ -6,14 +6,14 @@ import time
 
 work = json.load(sys.stdin)
 begin = time.perf_counter()
-import gptedge  # noqa: E402  (importing is part of loading)
+import gptedge  # noqa: E402  (importing is timed, or must not be)
 
 model = gptedge.load(work["model"], threads=work["threads"])
 loaded = time.perf_counter()
-from threading import Event  # noqa: E402
+from threading import Event  # noqa: E402  (importing is timed, or must not be)
 
-from gptedge.config import SamplingParams  # noqa: E402
-from gptedge.runtime.generate import steps  # noqa: E402
+from gptedge.config import SamplingParams  # noqa: E402  (importing is timed, or must not be)
+from gptedge.runtime.generate import steps  # noqa: E402  (importing is timed, or must not be)
 
 cache = model.session.new_cache()
 
@@ -30,6 +30,6 @@ def turn(prompt: list[int], new: int) -> tuple[list[int], float, float]:
 tokens, first_s, rest_s = turn(work["prompt"], work["new"])
 first_at = time.time() - rest_s
 second_s = turn([*work["prompt"], *tokens, *work["second"]], 1)[1] if work["second"] else None
-from gptedge.measure import peak_rss_mb  # noqa: E402
+from gptedge.measure import peak_rss_mb  # noqa: E402  (importing is timed, or must not be)
 
 print(json.dumps([loaded - begin, first_s, rest_s, tokens, first_at, second_s, peak_rss_mb()]))

@@ -7,7 +7,7 @@ import time
 
 work = json.load(sys.stdin)
 begin = time.perf_counter()
-from llama_cpp import Llama  # noqa: E402  (importing is part of loading)
+from llama_cpp import Llama  # noqa: E402  (importing is timed, or must not be)
 
 room = len(work["prompt"]) + work["new"] + len(work["second"]) + 2
 threads = {"n_threads": work["threads"], "n_threads_batch": work["threads"]}

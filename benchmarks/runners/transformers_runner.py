@@ -10,7 +10,7 @@ import time
 
 work = json.load(sys.stdin)
 begin = time.perf_counter()
-import torch  # noqa: E402  (importing is part of loading)
+import torch  # noqa: E402  (importing is timed, or must not be)
 
 torch.set_num_threads(work["threads"])
 if work["options"].get("optimum"):

@@ -67,14 +67,14 @@ def test_keys_and_values_are_those_of_the_float_graph(tiny_bundle: Path, prompte
     float_session.run(ids, exact)
     session.run(ids, own)
     session.prefill(ids, fast)
-    if prompted.name == "int8-prefill":  # smoothing has scaled its values
-        exact = own
 
     def error(cache: KVCache) -> float:
-        difference = contents(cache)[:, :-1] - contents(exact)[:, :-1]  # the last token is the own graph's
-        return float(np.sqrt(np.mean(difference**2)) / contents(exact).std())
+        """Of all but the last token, which is the own graph's, where recipes have scaled channels scaled back."""
+        wanted, got = contents(exact)[:, :-1], contents(cache)[:, :-1]
+        factors = (got * wanted).sum(1, keepdims=True) / np.square(got).sum(1, keepdims=True)
+        return float(np.sqrt(np.mean((got * factors - wanted) ** 2)) / wanted.std())
 
-    assert 0 < error(fast) < 0.06  # evening out columns has scaled values a little, too
+    assert 0 < error(fast) < 0.05
     assert "int4" not in prompted.name or error(own) > 2 * error(fast)
 
 
