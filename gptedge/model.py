@@ -22,6 +22,7 @@ from gptedge.runtime.batch import BATCH_SIZE, generate_batch
 from gptedge.runtime.context import PlainText, Shortener, Window
 from gptedge.runtime.generate import Chunk, Result, Stream, chunks
 from gptedge.runtime.session import Session
+from gptedge.runtime.tuning import choose_threads
 from gptedge.tokenizer import Tokenizer
 
 
@@ -32,27 +33,38 @@ def load(
     provider: str | None = None,
     verify: bool = True,
     speculate: bool = True,
+    tune: bool = True,
+    profile: str | Path | None = None,
 ) -> Model:
     """Load a bundle folder.
 
-    threads: cores to compute on (default: the physical ones that the process may use).
+    threads: cores to compute on (default: what `gptedge bench --tune` found best for this bundle on this machine, else
+        the physical ones that the process may use).
     provider: "cpu", "cuda", or None for the best.
     verify: compare every file with the manifest's sha256, which runs beside the loading.
     speculate: check tokens guessed from the text several at once; without, the same tokens take longer.
-    Raises BundleError when the folder is not a whole bundle, MissingExtraError without onnxruntime.
+    tune: False leaves out of account what was found best; nothing is ever tried while loading.
+    profile: a file that says how many threads, as `gptedge bench --tune` writes it, wherever it was measured.
+    Raises BundleError when the folder is not a whole bundle, MissingExtraError without onnxruntime,
+    UsageError when the profile is none.
     """
     opened = open_bundle(Path(bundle))
     with ThreadPoolExecutor(1, "gptedge-tokenizer") as pool:  # read while onnxruntime makes its session
         tokenizer = pool.submit(Tokenizer.from_folder, opened.path)
-        session = Session(opened, threads=threads, provider=provider, check=verify, speculate=speculate)
-        return Model(opened, session, tokenizer.result())
+        choice = choose_threads(opened, threads, None if profile is None else Path(profile), tuned=tune)
+        session = Session(opened, threads=choice.threads, provider=provider, check=verify, speculate=speculate)
+        return Model(opened, session, tokenizer.result(), threads_from=choice.source)
 
 
 class Model:
     """A loaded bundle, shared by any number of generations and chats, from any threads. Close it, or use `with`."""
 
-    def __init__(self, bundle: Bundle, session: Session, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, bundle: Bundle, session: Session, tokenizer: Tokenizer, *, threads_from: str = "default"
+    ) -> None:
         self.bundle = bundle
+        self.threads_from = threads_from
+        """Who chose the number of threads: see tuning.Choice."""
         self.session = session
         self.tokenizer = tokenizer
         self.adapter: Adapter | None = None

@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from textual.app import App, ComposeResult
 from textual.binding import Binding, BindingType
@@ -341,17 +341,16 @@ def run(
     *,
     system: str | None,
     params: SamplingParams,
-    threads: int | None,
-    provider: str | None,
+    loading: Mapping[str, Any],
     saved: SavedChat | None,
     answer: colours.Answer,
 ) -> None:
-    """Chat until the user leaves. Raises what ended it, where that was not the user."""
+    """Chat until the user leaves; `loading` are settings of gptedge.load. Raises what ended it, if not the user."""
 
     def load() -> Model:
         from gptedge import load as load_model
 
-        return load_model(bundle, threads=threads, provider=provider)
+        return load_model(bundle, **loading)
 
     file = ChatFile(saved.path, bundle, saved.messages) if saved else ChatFile.new(chats_folder(), bundle)
     app = ChatApp(

@@ -11,8 +11,11 @@ import typer
 from gptedge.cli.common import (
     ContextOverflow,
     Json,
+    Loading,
     MaxTokens,
     MinP,
+    NoTune,
+    Profile,
     Provider,
     RepetitionPenalty,
     Seed,
@@ -49,6 +52,8 @@ def command(
     seed: Seed = _D.seed,
     context_overflow: ContextOverflow = _D.context_overflow,
     threads: Threads = None,
+    profile: Profile = None,
+    no_tune: NoTune = False,
     provider: Provider = None,
     as_json: Json = False,
 ) -> None:
@@ -63,15 +68,16 @@ def command(
         seed=seed,
         context_overflow=context_overflow,
     )
+    loading = Loading(threads=threads, profile=profile, tune=not no_tune, provider=provider)
     saved = _saved() if resume else None
     folder = _bundle(bundle, saved)
     if saved and system is not None:
         others = [m for m in saved.messages if m["role"] != "system"]
         saved.messages[:] = [{"role": "system", "content": system}, *others]
     if plain or as_json or not (sys.stdin.isatty() and sys.stdout.isatty()):
-        _plain(folder, saved, system, params, threads, provider, as_json)
+        _plain(folder, saved, system, params, loading, as_json)
     else:
-        _app(folder, saved, system, params, threads, provider)
+        _app(folder, saved, system, params, loading)
 
 
 def _saved() -> SavedChat:
@@ -96,8 +102,7 @@ def _app(
     saved: SavedChat | None,
     system: str | None,
     params: SamplingParams,
-    threads: int | None,
-    provider: str | None,
+    loading: Loading,
 ) -> None:
     from gptedge.tui.colours import BackgroundQuery
 
@@ -109,7 +114,7 @@ def _app(
                 raise
             raise MissingExtraError("the chat app needs Textual; install gptedge[tui], or use --plain") from None
         answer = query.answer()
-    run(bundle, system=system, params=params, threads=threads, provider=provider, saved=saved, answer=answer)
+    run(bundle, system=system, params=params, loading=loading, saved=saved, answer=answer)
 
 
 def _plain(
@@ -117,8 +122,7 @@ def _plain(
     saved: SavedChat | None,
     system: str | None,
     params: SamplingParams,
-    threads: int | None,
-    provider: str | None,
+    loading: Loading,
     as_json: bool,
 ) -> None:
     from gptedge.model import load
@@ -127,7 +131,7 @@ def _plain(
 
     if sys.stdout.encoding.lower() != "utf-8":
         sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]  # typed as any TextIO
-    with load(bundle, threads=threads, provider=provider) as model:
+    with load(bundle, **loading) as model:
         chat = model.chat(system=system, params=params)
         file = None
         if saved:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypedDict
 
 import typer
 
@@ -22,12 +22,25 @@ Force = Annotated[bool, typer.Option("--force", help="Replace the output if it e
 Threads = Annotated[
     int | None, typer.Option(help="Cores to compute on (default: the physical ones this process may use).")
 ]
+Profile = Annotated[Path | None, typer.Option(help="A file that says how many threads, as bench --tune writes it.")]
+NoTune = Annotated[
+    bool, typer.Option("--no-tune", help="Leave out of account what bench --tune found best on this machine.")
+]
 Provider = Annotated[str | None, typer.Option(help="cpu or cuda (default: the best there is).")]
 SourceArgument = Annotated[
     Path,
     typer.Argument(metavar="SOURCE", help="A Hugging Face folder, our own checkpoint, a .gguf, or a nanoGPT .pt."),
 ]
 BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder made by export or quantize.")]
+
+
+class Loading(TypedDict):
+    """Settings of gptedge.load that verbs hand on."""
+
+    threads: int | None
+    profile: Path | None
+    tune: bool
+    provider: str | None
 
 
 class Ended(Exception):

@@ -12,8 +12,11 @@ from gptedge.cli.common import (
     BundleArgument,
     ContextOverflow,
     Json,
+    Loading,
     MaxTokens,
     MinP,
+    NoTune,
+    Profile,
     Provider,
     RepetitionPenalty,
     Seed,
@@ -56,6 +59,8 @@ def command(
         bool, typer.Option("--no-speculate", help="Check no guessed tokens: the same reply, slower where it repeats.")
     ] = False,
     threads: Threads = None,
+    profile: Profile = None,
+    no_tune: NoTune = False,
     provider: Provider = None,
     as_json: Json = False,
 ) -> None:
@@ -77,7 +82,8 @@ def command(
     from gptedge.model import load
 
     start = time.perf_counter()
-    with load(bundle, threads=threads, provider=provider, speculate=not no_speculate) as model:
+    loading = Loading(threads=threads, profile=profile, tune=not no_tune, provider=provider)
+    with load(bundle, **loading, speculate=not no_speculate) as model:
         model.adapter = None if adapter is None else model.load_adapter(adapter)
         load_ms = round((time.perf_counter() - start) * 1000, 2)
         stream = model.chat(system=system).stream(text, **vars(params)) if chat else model.stream(text, params)

@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from gptedge.cli.common import BundleArgument, ContextOverflow, Ended, Json, Provider, Threads, needs, say
+from gptedge.cli.common import (
+    BundleArgument,
+    ContextOverflow,
+    Ended,
+    Json,
+    NoTune,
+    Profile,
+    Provider,
+    Threads,
+    needs,
+    say,
+)
 from gptedge.errors import EXIT_INTERRUPTED
 from gptedge.serve.settings import ServerSettings, read_api_key
 
@@ -31,6 +42,8 @@ def command(
     context_overflow: ContextOverflow = _D.context_overflow,
     log_requests: Annotated[bool, typer.Option("--log-requests", help="A line per request on stderr.")] = False,
     threads: Threads = None,
+    profile: Profile = None,
+    no_tune: NoTune = False,
     provider: Provider = None,
     as_json: Json = False,
 ) -> NoReturn:
@@ -51,7 +64,7 @@ def command(
     with bind(settings.host, settings.port) as sock:  # before loading: a port in use should not cost a minute
         if not settings.is_loopback and settings.api_key is None:
             say(f"warning: anyone who can reach {host} can use this server; --api-key-file asks for a key")
-        with load(bundle, threads=threads, provider=provider) as model:
+        with load(bundle, threads=threads, profile=profile, tune=not no_tune, provider=provider) as model:
             url = url_of(sock)
             with suppress(KeyboardInterrupt):
                 Server(model, settings, on_ready=lambda: _tell(url, model, as_json)).serve_forever(sock)

@@ -141,7 +141,7 @@ def _run_real(model: FakeModel, folder: Path) -> None:
     os.environ["GPTEDGE_HOME"] = str(folder)
     sys.modules["gptedge"].load = lambda *_, **__: model  # type: ignore[attr-defined]
     params = SamplingParams()
-    app.run(folder, system=None, params=params, threads=None, provider=None, saved=None, answer=colours.Answer())
+    app.run(folder, system=None, params=params, loading={}, saved=None, answer=colours.Answer())
 
 
 def main(how: str, folder: str, pieces: int = 400) -> None:
