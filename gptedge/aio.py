@@ -13,6 +13,7 @@ from typing import Any, overload
 
 from gptedge.conversation import Chat
 from gptedge.model import Model, load
+from gptedge.runtime.adapter import Adapter
 from gptedge.runtime.generate import Chunk, Result, Stream
 
 
@@ -108,6 +109,18 @@ class AsyncModel:
 
     def stream(self, prompt: str, **changes: Any) -> AsyncStream:
         return AsyncStream(lambda: self.model.stream(prompt, **changes))
+
+    async def load_adapter(self, path: str | Path) -> Adapter:
+        return await asyncio.to_thread(self.model.load_adapter, path)
+
+    @property
+    def adapter(self) -> Adapter | None:
+        """What `load_adapter` gave, or None; assign it to use it."""
+        return self.model.adapter
+
+    @adapter.setter
+    def adapter(self, adapter: Adapter | None) -> None:
+        self.model.adapter = adapter
 
     def chat(self, *, system: str | None = None, **changes: Any) -> AsyncChat:
         return AsyncChat(self.model.chat(system=system, **changes))

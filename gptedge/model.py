@@ -35,6 +35,7 @@ def load(
     speculate: bool = True,
     tune: bool = True,
     profile: str | Path | None = None,
+    adapter: str | Path | None = None,
 ) -> Model:
     """Load a bundle folder.
 
@@ -44,6 +45,7 @@ def load(
     verify: compare every file with the manifest's sha256, which runs beside the loading.
     speculate: check tokens guessed from the text several at once; without, the same tokens take longer.
     tune: False leaves out of account what was found best; nothing is ever tried while loading.
+    adapter: a LoRA adapter to begin with, as `Model.load_adapter` takes it and with what it raises.
     profile: a file that says how many threads, as `gptedge bench --tune` writes it, wherever it was measured.
     Raises BundleError when the folder is not a whole bundle, MissingExtraError without onnxruntime,
     UsageError when the profile is none.
@@ -53,7 +55,10 @@ def load(
         tokenizer = pool.submit(Tokenizer.from_folder, opened.path)
         choice = choose_threads(opened, threads, None if profile is None else Path(profile), tuned=tune)
         session = Session(opened, threads=choice.threads, provider=provider, check=verify, speculate=speculate)
-        return Model(opened, session, tokenizer.result(), threads_from=choice.source)
+        model = Model(opened, session, tokenizer.result(), threads_from=choice.source)
+    if adapter is not None:
+        model.adapter = model.load_adapter(adapter)
+    return model
 
 
 class Model:
@@ -126,9 +131,7 @@ class Model:
         window, adapter = self.window(prompt, settings), self.adapter
 
         def make(cancelled: Event) -> Iterator[Chunk]:
-            cache = self.session.new_cache()
-            cache.use(adapter)
-            return chunks(self.session, self.tokenizer, cache, window, settings, cancelled)
+            return chunks(self.session, self.tokenizer, self.session.new_cache(adapter), window, settings, cancelled)
 
         return Stream(make, on_end=lambda _: None)
 

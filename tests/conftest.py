@@ -103,6 +103,23 @@ def tiny_bundle(tiny_checkpoint: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def adapted(tiny_checkpoint: Path) -> Path:
+    """A folder with a bundle that takes adapters, two of them, and the merged models' bundles."""
+    from gptedge.checkpoint import open_checkpoint
+    from gptedge.export.adapter import make_adapter
+    from gptedge.export.exporter import export
+    from tests.adapters import write_random
+
+    folder = tiny_checkpoint.parent / "adapted"
+    export(tiny_checkpoint, folder / "bundle", lora_inputs=True)
+    for seed, name in enumerate("ab"):
+        write_random(open_checkpoint(tiny_checkpoint), folder / name, seed)
+        export(folder / f"{name}-merged", folder / f"{name}-bundle", verify=False)
+        make_adapter(folder / name, folder / "bundle", folder / f"{name}.onnx_adapter")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def portable_bundle(tiny_checkpoint: Path) -> Path:
     """The same model with standard operators alone; its KV cache grows."""
     from gptedge.export.exporter import export

@@ -8,7 +8,18 @@ from typing import Annotated, Any
 
 import typer
 
-from gptedge.cli.common import BundleArgument, Json, Loading, NoTune, Profile, Provider, Threads, emit, say
+from gptedge.cli.common import (
+    AdapterOption,
+    BundleArgument,
+    Json,
+    Loading,
+    NoTune,
+    Profile,
+    Provider,
+    Threads,
+    emit,
+    say,
+)
 from gptedge.errors import UsageError
 
 _SHOWN_MS = 0.01
@@ -23,6 +34,7 @@ def command(
     tune: Annotated[
         bool, typer.Option("--tune", help="First find the best number of threads here, in under 3 s, and keep it.")
     ] = False,
+    adapter: AdapterOption = None,
     threads: Threads = None,
     profile: Profile = None,
     no_tune: NoTune = False,
@@ -36,15 +48,20 @@ def command(
 
     if tune and (no_tune or profile or threads):
         raise UsageError("--tune finds the number of threads; leave out --threads, --profile and --no-tune")
-    loading = Loading(threads=threads, profile=profile, tune=not no_tune, provider=provider)
+    loading = Loading(threads=threads, profile=profile, tune=not no_tune, provider=provider, adapter=adapter)
     tuned = _tune(bundle, loading) if tune else {}
     start = time.perf_counter()
     with load(bundle, **loading) as model:
         load_ms = round((time.perf_counter() - start) * 1000, 2)
         result = bench(
-            model.session, load_ms=load_ms, prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeat=repeat
+            model.session,
+            load_ms=load_ms,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            repeat=repeat,
+            adapter=model.adapter,
         )
-        spent = decode_profile(model.session, prompt_tokens=prompt_tokens) if roofline else {}
+        spent = decode_profile(model.session, prompt_tokens=prompt_tokens, adapter=model.adapter) if roofline else {}
     lines = [
         f"prefill {result.prefill_tokens_per_s:g} tokens/s, first token after {result.ttft_ms:g} ms",
         f"decode  {result.decode_tokens_per_s:g} tokens/s, {result.roofline['decode_fraction']:.0%} of what "

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gptedge.cli.common import (
+    AdapterOption,
     ContextOverflow,
     Json,
     Loading,
@@ -51,6 +52,7 @@ def command(
     repetition_penalty: RepetitionPenalty = _D.repetition_penalty,
     seed: Seed = _D.seed,
     context_overflow: ContextOverflow = _D.context_overflow,
+    adapter: AdapterOption = None,
     threads: Threads = None,
     profile: Profile = None,
     no_tune: NoTune = False,
@@ -68,7 +70,7 @@ def command(
         seed=seed,
         context_overflow=context_overflow,
     )
-    loading = Loading(threads=threads, profile=profile, tune=not no_tune, provider=provider)
+    loading = Loading(threads=threads, profile=profile, tune=not no_tune, provider=provider, adapter=adapter)
     saved = _saved() if resume else None
     folder = _bundle(bundle, saved)
     if saved and system is not None:

@@ -31,6 +31,9 @@ SourceArgument = Annotated[
     Path,
     typer.Argument(metavar="SOURCE", help="A Hugging Face folder, our own checkpoint, a .gguf, or a nanoGPT .pt."),
 ]
+AdapterOption = Annotated[
+    Path | None, typer.Option("--adapter", help="A LoRA adapter for this bundle, a file that gptedge adapter made.")
+]
 BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder made by export or quantize.")]
 
 
@@ -41,6 +44,7 @@ class Loading(TypedDict):
     profile: Path | None
     tune: bool
     provider: str | None
+    adapter: Path | None
 
 
 class Ended(Exception):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from gptedge.cli.common import (
+    AdapterOption,
     BundleArgument,
     ContextOverflow,
     Json,
@@ -47,9 +47,7 @@ def command(
     repetition_penalty: RepetitionPenalty = _D.repetition_penalty,
     seed: Seed = _D.seed,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")] = None,
-    adapter: Annotated[
-        Path | None, typer.Option(help="A LoRA adapter for this bundle, a file that gptedge adapter made.")
-    ] = None,
+    adapter: AdapterOption = None,
     context_overflow: ContextOverflow = _D.context_overflow,
     chat: Annotated[
         bool, typer.Option("--chat", help="The prompt is a user's message: use the chat template.")
@@ -82,9 +80,8 @@ def command(
     from gptedge.model import load
 
     start = time.perf_counter()
-    loading = Loading(threads=threads, profile=profile, tune=not no_tune, provider=provider)
+    loading = Loading(threads=threads, profile=profile, tune=not no_tune, provider=provider, adapter=adapter)
     with load(bundle, **loading, speculate=not no_speculate) as model:
-        model.adapter = None if adapter is None else model.load_adapter(adapter)
         load_ms = round((time.perf_counter() - start) * 1000, 2)
         stream = model.chat(system=system).stream(text, **vars(params)) if chat else model.stream(text, params)
         _print_json(stream, load_ms, model.session.provider) if as_json else _print_text(stream)

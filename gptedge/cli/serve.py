@@ -41,6 +41,12 @@ def command(
     slots: Annotated[int, typer.Option(help="Replies at once, and conversations kept in memory.")] = _D.slots,
     context_overflow: ContextOverflow = _D.context_overflow,
     log_requests: Annotated[bool, typer.Option("--log-requests", help="A line per request on stderr.")] = False,
+    adapter: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="A file that gptedge adapter made, served as the model of its name; may be given several times."
+        ),
+    ] = None,
     threads: Threads = None,
     profile: Profile = None,
     no_tune: NoTune = False,
@@ -56,6 +62,7 @@ def command(
         slots=slots,
         context_overflow=context_overflow,
         log_requests=log_requests,
+        adapters=tuple(adapter or ()),
     )
     with needs("serve"):
         from gptedge.serve.server import Server, bind, url_of
@@ -66,16 +73,20 @@ def command(
             say(f"warning: anyone who can reach {host} can use this server; --api-key-file asks for a key")
         with load(bundle, threads=threads, profile=profile, tune=not no_tune, provider=provider) as model:
             url = url_of(sock)
+            server = Server(model, settings, on_ready=lambda: _tell(url, model, server.model_names, as_json))
             with suppress(KeyboardInterrupt):
-                Server(model, settings, on_ready=lambda: _tell(url, model, as_json)).serve_forever(sock)
+                server.serve_forever(sock)
     say("gptedge: stopped")
     raise Ended(EXIT_INTERRUPTED)  # nothing else ends a server
 
 
-def _tell(url: str, model: Model, as_json: bool) -> None:
-    from gptedge.serve.app import model_name
-
-    name = model_name(model)
-    say(f"gptedge: serving {name} at {url}/v1 (context of {model.context_length} tokens); Ctrl+C stops")
+def _tell(url: str, model: Model, names: list[str], as_json: bool) -> None:
+    name, *adapted = names
+    say(f"gptedge: serving {' and '.join(names)} at {url}/v1 (context of {model.context_length} tokens); Ctrl+C stops")
     if as_json:
-        print(json.dumps({"url": f"{url}/v1", "model": name, "context_length": model.context_length}), flush=True)
+        print(
+            json.dumps(
+                {"url": f"{url}/v1", "model": name, "adapters": adapted, "context_length": model.context_length}
+            ),
+            flush=True,
+        )

@@ -13,6 +13,7 @@ import numpy as np
 
 from gptedge.errors import UsageError
 from gptedge.measure import peak_rss_mb
+from gptedge.runtime.adapter import Adapter
 from gptedge.runtime.session import PREFILL_AT_LEAST, Session
 
 _PROBE_BYTES = 1 << 28  # far more than any cache holds
@@ -34,14 +35,22 @@ class Bench:
         return dict(vars(self))
 
 
-def bench(session: Session, *, load_ms: float, prompt_tokens: int, new_tokens: int, repeat: int) -> Bench:
+def bench(
+    session: Session,
+    *,
+    load_ms: float,
+    prompt_tokens: int,
+    new_tokens: int,
+    repeat: int,
+    adapter: Adapter | None = None,
+) -> Bench:
     """Medians of `repeat` runs of a random prompt and greedy decoding that does not stop early, token by token."""
     if min(prompt_tokens, new_tokens, repeat) < 1:
         raise UsageError("prompt tokens, new tokens and repeats must be at least 1")
     session.check_fits(prompt_tokens + new_tokens)
     prompt = [int(i) for i in np.random.default_rng(0).integers(0, session.vocab_size, prompt_tokens)]
-    session.prefill(prompt[: PREFILL_AT_LEAST + 1], session.new_cache())  # the first run also sets buffers up
-    runs = [_run(session, prompt, new_tokens) for _ in range(repeat)]
+    session.prefill(prompt[: PREFILL_AT_LEAST + 1], session.new_cache(adapter))  # the first run also sets buffers up
+    runs = [_run(session, prompt, new_tokens, adapter) for _ in range(repeat)]
     prefill_s, decode_s = (statistics.median(run[i] for run in runs) for i in (0, 1))
     decode = new_tokens / decode_s
     peak = peak_rss_mb()  # before the probe of the memory, which takes some itself
@@ -70,9 +79,9 @@ def decode_speed(session: Session, *, prompt_tokens: int = 32, new_tokens: int =
     return round(count / min(_run(session, prompt, count)[1] for _ in range(2)), 2)
 
 
-def _run(session: Session, prompt: list[int], new_tokens: int) -> tuple[float, float]:
+def _run(session: Session, prompt: list[int], new_tokens: int, adapter: Adapter | None = None) -> tuple[float, float]:
     """Seconds to the first token, and for `new_tokens` steps after it."""
-    cache = session.new_cache()
+    cache = session.new_cache(adapter)
     start = time.perf_counter()
     logits = session.prefill(prompt, cache, stop=threading.Event())
     assert logits is not None

@@ -11,15 +11,16 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from gptedge.runtime.adapter import Adapter
 from gptedge.runtime.session import Session
 
 _STEPS = 16
 
 
-def decode_profile(session: Session, *, prompt_tokens: int) -> dict[str, float]:
+def decode_profile(session: Session, *, prompt_tokens: int, adapter: Adapter | None = None) -> dict[str, float]:
     """Milliseconds of a decode step after `prompt_tokens` tokens by operator, the costliest first."""
     with tempfile.TemporaryDirectory() as folder, session.profiled(Path(folder) / "profile") as end:
-        cache = session.new_cache()
+        cache = session.new_cache(adapter)
         session.prefill([i % session.vocab_size for i in range(prompt_tokens)], cache)
         for _ in range(_STEPS):
             session.run([0], cache)

@@ -60,9 +60,7 @@ def generate_batch(
 def _alone(
     session: Session, tokenizer: Tokenizer, window: Window, params: SamplingParams, adapter: Adapter | None
 ) -> Result:
-    cache = session.new_cache()
-    cache.use(adapter)
-    return join(list(chunks(session, tokenizer, cache, window, params, threading.Event())))
+    return join(list(chunks(session, tokenizer, session.new_cache(adapter), window, params, threading.Event())))
 
 
 def _still_live(live: list[_Text], logits: Logits, rows: Rows) -> list[_Text]:
@@ -145,12 +143,10 @@ class Rows:
 
     def __init__(self, session: Session, size: int, adapter: Adapter | None = None) -> None:
         self._session, self.size = session, size
-        self.caches = [session.new_cache() for _ in range(size)]
+        self.caches = [session.new_cache(adapter) for _ in range(size)]
         self._capacity = 0
         self._arrays: list[npt.NDArray[Any]] = []
-        self._first, self._n_first = session.new_cache(), 0
-        for cache in (*self.caches, self._first):
-            cache.use(adapter)
+        self._first, self._n_first = session.new_cache(adapter), 0
 
     def reserve(self, row: int, n_tokens: int) -> KVCache:
         """A row's cache, with room for `n_tokens`."""

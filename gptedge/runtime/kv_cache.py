@@ -47,7 +47,7 @@ def room_for(n_tokens: int, limit: int) -> int:
 class KVCache:
     """Keys and values of `ids`, the tokens that have been run, per layer [1, n_kv_head, capacity, head_dim]."""
 
-    def __init__(self, ort: Any, layout: CacheLayout) -> None:
+    def __init__(self, ort: Any, layout: CacheLayout, adapter: Adapter | None = None) -> None:
         self._ort = ort
         self._layout = layout
         self.ids: list[int] = []
@@ -55,7 +55,7 @@ class KVCache:
         """Tokens the tensors have room for."""
         self.buffers: list[Any] = []
         """OrtValues in the order of graph_io.past_names; `reserve` makes them."""
-        self.adapter: Adapter | None = None
+        self.adapter = adapter
         """What `ids` were run with, and those after them will be; `use` changes it."""
 
     def __len__(self) -> int:
@@ -102,8 +102,8 @@ class KVCache:
 
     def copy(self) -> KVCache:
         """An independent cache of the same tokens."""
-        twin = KVCache(self._ort, self._layout)
-        twin.ids, twin.adapter = list(self.ids), self.adapter
+        twin = KVCache(self._ort, self._layout, self.adapter)
+        twin.ids = list(self.ids)
         twin.capacity, twin.buffers = self.capacity, list(self.buffers)
         if self._layout.shared:  # growing tensors are never written to, and may stay common
             twin._resize(max(len(self), 1))

@@ -89,8 +89,7 @@ def _read(path: Path, content: memoryview, session: Session, adapter: Adapter | 
         for shape in shapes:
             tensors.append(np.frombuffer(content, dtype, prod(shape), start).reshape(shape))
             start += tensors[-1].nbytes
-        cache = session.new_cache()
-        cache.use(adapter)
+        cache = session.new_cache(adapter)
         cache.fill(ids, tensors, session.context_length)  # copies, so that the file may go
         del tensors
         return cache, header["state"]

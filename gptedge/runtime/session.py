@@ -118,9 +118,9 @@ class Session:
         cpu, own = (self._ort.OrtDevice.make(place, 0)._get_c_device() for place in ("cpu", kind))
         self._devices = [cpu, *[own] * (2 * self.n_layer)]
 
-    def new_cache(self) -> KVCache:
-        """An empty cache, for one conversation."""
-        return KVCache(self._ort, self.signature.cache)
+    def new_cache(self, adapter: Adapter | None = None) -> KVCache:
+        """An empty cache, for one conversation, whose tokens are run with `adapter`."""
+        return KVCache(self._ort, self.signature.cache, adapter)
 
     def load_adapter(self, path: Path) -> Adapter:
         """Read a LoRA adapter for this bundle; `KVCache.use` puts it to use. Raises UsageError or BundleError."""

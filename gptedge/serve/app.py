@@ -27,7 +27,7 @@ from gptedge.runtime.sampling import TokenLogprob
 from gptedge.serve.engine import Engine, Reply
 from gptedge.serve.errors import ApiError, about_prompt, closing, failed
 from gptedge.serve.guard import Guard, RequestLog
-from gptedge.serve.requests import Job, check_model, parse_chat, parse_completion, parse_json, unknown_model
+from gptedge.serve.requests import Job, known_model, parse_chat, parse_completion, parse_json, read_model
 from gptedge.serve.responses import Answer, ChatAnswer, MakeAnswer, Source, TextAnswer, model_object, usage_of
 from gptedge.serve.settings import ServerSettings
 from gptedge.serve.transport import (
@@ -108,8 +108,8 @@ class _Api:
     def __init__(self, engine: Engine, context_overflow: str) -> None:
         self._engine, self._overflow = engine, context_overflow
         model = engine.model
-        self._name = model_name(model)
-        self._source = Source(self._name, model.tokenizer, model.session.bundle.eos_ids)
+        eos_ids = model.session.bundle.eos_ids
+        self._sources = {name: Source(name, model.tokenizer, eos_ids) for name in engine.variants}
         self._created = int(time.time())
 
     async def health(self, request: Request) -> Response:
@@ -118,24 +118,22 @@ class _Api:
         return json_response({"status": "ok"})
 
     async def models(self, request: Request) -> Response:
-        return json_response({"object": "list", "data": [model_object(self._name, self._created)]})
+        data = [model_object(name, self._created) for name in self._sources]
+        return json_response({"object": "list", "data": data})
 
     async def one_model(self, request: Request) -> Response:
-        if request.path_params["name"] != self._name:
-            raise unknown_model(request.path_params["name"], self._name)
-        return json_response(model_object(self._name, self._created))
+        return json_response(model_object(known_model(request.path_params["name"], self._sources), self._created))
 
     async def complete(self, parse: Parse, make_answer: MakeAnswer, request: Request) -> ASGIApp:
         """A reply to the body's prompt, streamed or whole."""
         body = parse_json(await read_body(request))
         self._engine.check_open()
-        check_model(body, self._name)
-        model = self._engine.model
+        model, name = self._engine.model, read_model(body, self._sources)
         job = parse(body, model.session.vocab_size)
         # Tokenizing a long text would hold the loop up.
         params = replace(job.params, context_overflow=self._overflow)
-        reply = self._engine.start(await asyncio.to_thread(window_of, model, job, params), params)
-        answer = make_answer(self._source)
+        reply = self._engine.start(await asyncio.to_thread(window_of, model, job, params), params, name)
+        answer = make_answer(self._sources[name])
         if job.stream:
             return EventStream(_events(reply, answer, job.include_usage), reply.cancel)
         return await self._whole(request, reply, answer)
@@ -181,11 +179,6 @@ async def _bodies(reply: Reply, answer: Answer, include_usage: bool) -> AsyncIte
     yield answer.ending(last.finish_reason) | no_usage
     if include_usage:
         yield answer.usage_only(usage_of(last.usage, last.timings))
-
-
-def model_name(model: Model) -> str:
-    """What clients call the model: its bundle's folder."""
-    return model.bundle.path.resolve().name
 
 
 def window_of(model: Model, job: Job, params: SamplingParams) -> Window:

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+from gptedge.runtime.adapter import Adapter
 from gptedge.runtime.kv_cache import KVCache
 
 
@@ -24,18 +25,20 @@ class CachePool:
         self._n_lent = 0
 
     @contextmanager
-    def borrow(self, prompt: Sequence[int]) -> Iterator[KVCache]:
+    def borrow(self, prompt: Sequence[int], adapter: Adapter | None = None) -> Iterator[KVCache]:
         """The best cache there is for `prompt`; what it holds beyond their common prefix is the borrower's to drop."""
-        cache = self._take(prompt)
+        cache = self._take(prompt, adapter)
+        cache.use(adapter)
         try:
             yield cache
         finally:
             self._give_back(cache)
 
-    def _take(self, prompt: Sequence[int]) -> KVCache:
+    def _take(self, prompt: Sequence[int], adapter: Adapter | None) -> KVCache:
         with self._lock:
             self._n_lent += 1
-            best = max(self._idle, key=lambda cache: common_prefix(cache.ids, prompt), default=None)
+            of_its_kind = [cache for cache in self._idle if cache.adapter is adapter]
+            best = max(of_its_kind, key=lambda cache: common_prefix(cache.ids, prompt), default=None)
             if best is not None and _continues(best.ids, prompt):
                 return self._remove(best)
             if self._n_lent + len(self._idle) <= self._size or not self._idle:

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 
 from gptedge.config import SamplingParams
+from gptedge.errors import UsageError
 from gptedge.model import Model
+from gptedge.runtime.adapter import Adapter
 from gptedge.runtime.context import Window
 from gptedge.runtime.generate import Chunk, chunks
 from gptedge.serve.cache_pool import CachePool
@@ -57,9 +60,19 @@ class Reply:
             self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
 
 
+def load_variants(model: Model, adapters: Iterable[Path]) -> dict[str, Adapter | None]:
+    """What clients may ask for by name: first the model as it is, by its bundle's folder, then it with each adapter."""
+    variants: dict[str, Adapter | None] = {model.bundle.path.resolve().name: None}
+    for path in adapters:
+        if path.stem in variants:
+            raise UsageError(f"adapter {path} would be served as {path.stem!r}, as another is; rename one of them")
+        variants[path.stem] = model.load_adapter(path)
+    return variants
+
+
 class Engine:
-    def __init__(self, model: Model, *, slots: int, max_waiting: int) -> None:
-        self.model = model
+    def __init__(self, model: Model, *, slots: int, max_waiting: int, variants: Mapping[str, Adapter | None]) -> None:
+        self.model, self.variants = model, variants
         self.closing = False
         self._limit = slots + max_waiting
         self._max_waiting = max_waiting
@@ -74,18 +87,18 @@ class Engine:
         if sum(not future.done() for future in self._active) >= self._limit:
             raise busy(self._max_waiting)
 
-    def start(self, window: Window, params: SamplingParams) -> Reply:
-        """Queue a reply to what `Model.window` gave."""
+    def start(self, window: Window, params: SamplingParams, variant: str) -> Reply:
+        """Queue a reply of one of the `variants` to what `Model.window` gave."""
         self.check_open()
         reply = Reply()
-        future = self._workers.submit(self._work, reply, window, params)
+        future = self._workers.submit(self._work, reply, window, params, self.variants[variant])
         self._active = {f: r for f, r in self._active.items() if not f.done()} | {future: reply}
         reply.follow(future)
         return reply
 
-    def _work(self, reply: Reply, window: Window, params: SamplingParams) -> None:
+    def _work(self, reply: Reply, window: Window, params: SamplingParams, adapter: Adapter | None) -> None:
         model = self.model
-        with self._pool.borrow(window.ids) as cache:
+        with self._pool.borrow(window.ids, adapter) as cache:
             for chunk in chunks(model.session, model.tokenizer, cache, window, params, reply.cancelled):
                 reply.put(chunk)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -267,19 +267,24 @@ def _is_ids(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(type(i) is int for i in value)
 
 
-def check_model(body: Body, name: str) -> None:
-    """Raise unless the request asks for the model that is served, or for none in particular."""
+def read_model(body: Body, served: Collection[str]) -> str:
+    """The name of the model that the request asks for; the first one that is served if it asks for none."""
     asked = body.get("model")
-    if asked is None or asked == name:
-        return
+    if asked is None:
+        return next(iter(served))
     if not isinstance(asked, str):
         raise invalid(f"model is {_shown(asked)}; it must be a string", "model")
-    raise unknown_model(asked, name)
+    return known_model(asked, served)
 
 
-def unknown_model(asked: str, name: str) -> ApiError:
-    return ApiError(
-        404, f"the model {_shown(asked)} is not served here; {name!r} is", param="model", code="model_not_found"
+def known_model(asked: str, served: Collection[str]) -> str:
+    """`asked`, which must be one of those served."""
+    if asked in served:
+        return asked
+    names = " and ".join(map(repr, served))
+    are = "is" if len(served) == 1 else "are"
+    raise ApiError(
+        404, f"the model {_shown(asked)} is not served here; {names} {are}", param="model", code="model_not_found"
     )
 
 

@@ -11,7 +11,7 @@ import uvicorn
 from gptedge.errors import GptEdgeError
 from gptedge.model import Model
 from gptedge.serve.app import build_app
-from gptedge.serve.engine import Engine
+from gptedge.serve.engine import Engine, load_variants
 from gptedge.serve.settings import ServerSettings, bracketed
 
 _GRACE_S = 3
@@ -47,7 +47,13 @@ class Server(uvicorn.Server):
     """uvicorn, which tells when it listens, and cancels running replies before it waits for answers to end."""
 
     def __init__(self, model: Model, settings: ServerSettings, on_ready: Callable[[], None] = lambda: None) -> None:
-        self._engine = Engine(model, slots=settings.slots, max_waiting=settings.max_waiting)
+        """Raises what `Model.load_adapter` raises, and UsageError for two adapters of one name."""
+        self._engine = Engine(
+            model,
+            slots=settings.slots,
+            max_waiting=settings.max_waiting,
+            variants=load_variants(model, settings.adapters),
+        )
         self._on_ready = on_ready
         super().__init__(
             uvicorn.Config(
@@ -66,6 +72,11 @@ class Server(uvicorn.Server):
                 timeout_graceful_shutdown=_GRACE_S,
             )
         )
+
+    @property
+    def model_names(self) -> list[str]:
+        """What clients may ask for; the model without an adapter first."""
+        return list(self._engine.variants)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)

@@ -34,6 +34,8 @@ class ServerSettings:
     """What is done where a prompt no longer fits the context, or its reply; requests cannot say."""
     log_requests: bool = False
     """One line per request on stderr, without what was said."""
+    adapters: tuple[Path, ...] = ()
+    """LoRA adapters; each is served as a model of its own, by its file's name without the ending."""
 
     def __post_init__(self) -> None:
         for name, low, high in (("port", 0, 65535), ("slots", 1, 64), ("max_waiting", 0, 10_000)):

@@ -11,36 +11,13 @@ import pytest
 
 import gptedge
 from gptedge.bundle import MANIFEST
-from gptedge.checkpoint import Checkpoint, open_checkpoint, weights_id
+from gptedge.checkpoint import open_checkpoint
 from gptedge.errors import BundleError, CheckpointError, OutputExistsError, UsageError
 from gptedge.export.adapter import make_adapter
 from gptedge.export.exporter import export
-from gptedge.family_files import write_like
-from gptedge.lora_files import Adapter, LowRankUpdate, write_adapter
 from gptedge.quantize.quantizer import quantize
+from tests.adapters import write_random
 from tests.export.test_decoder import ids_of, random_model
-
-TARGETS = ("attn.q", "attn.v", "attn.o", "mlp.up", "mlp.down")  # parts of what graphs fuse
-
-
-def write_random(checkpoint: Checkpoint, folder: Path, seed: int) -> Path:
-    """An adapter of random updates, and beside it the whole model with them, NAME-merged."""
-    draw, weights = np.random.default_rng(seed), {n: np.array(t.read()) for n, t in checkpoint.weights().items()}
-    updates = {}
-    for i in range(checkpoint.config.n_layer):
-        for target in TARGETS:
-            weight = weights[f"blocks.{i}.{target}.weight"]
-            a, b = (draw.normal(0, 0.2, shape).astype(np.float32) for shape in ((3, weight.shape[1]), (len(weight), 3)))
-            updates[f"blocks.{i}.{target}"] = LowRankUpdate(a, b, 0.5)
-            weights[f"blocks.{i}.{target}.weight"] = weight + 0.5 * b @ a
-    folder.mkdir()
-    adapter = Adapter(updates, weights_id(checkpoint.weights()))
-    write_adapter(folder, adapter, checkpoint.family.files, checkpoint.config, base_name="base")
-    merged = folder.with_name(f"{folder.name}-merged")
-    merged.mkdir()
-    write_like(merged, checkpoint, weights, checkpoint.side_files)
-    return folder
-
 
 # Interleaved heads, transposed matrices, dimensions in another order, no gate, biases, norms of heads.
 FAMILIES = ("llama untied, biased", "phi3", "gpt_neox, a quarter of a small head rotates", "gpt2", "qwen3")
@@ -65,18 +42,6 @@ def test_an_adapter_computes_what_the_merged_model_does(name: str, portable: boo
         )
         assert np.abs(got - expected).max() <= 1e-3 * expected.std()
         assert np.abs(model.session.run(ids, plain, every_row=True) - expected).max() > 0.1 * expected.std()
-
-
-@pytest.fixture(scope="module")
-def adapted(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a bundle that takes adapters, two of them, and the merged models' bundles."""
-    folder = tmp_path_factory.mktemp("adapted")
-    export(tiny_checkpoint, folder / "bundle", lora_inputs=True)
-    for seed, name in enumerate("ab"):
-        write_random(open_checkpoint(tiny_checkpoint), folder / name, seed)
-        export(folder / f"{name}-merged", folder / f"{name}-bundle", verify=False)
-        make_adapter(folder / name, folder / "bundle", folder / f"{name}.onnx_adapter")
-    return folder
 
 
 def test_without_an_adapter_nothing_changes(adapted: Path, tiny_bundle: Path) -> None:

@@ -7,7 +7,7 @@ import random
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,21 +15,33 @@ from typing import Any
 
 import pytest
 
+from gptedge.checkpoint import open_checkpoint
 from gptedge.errors import TrainingError
 from gptedge.train.config import TrainConfig
+from gptedge.train.finetune import finetune
+from gptedge.train.finetune_config import FinetuneConfig
 from gptedge.train.run import run_training
 from gptedge.train.state import load_state
 from gptedge.train.trainer import StepReport
 from tests.train.forked import start
+from tests.train.test_run import interrupt_at, outcome
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs fork and resource limits")
-TIMES = ("tokens_per_second", "elapsed_s", "eta_s")
 
 
-def outcome(out: Path) -> tuple[bytes, list[dict[str, Any]]]:
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    timeless = [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
-    return (out / "model.safetensors").read_bytes(), timeless
+def kill_often(run: Callable[[bool], object], out: Path) -> None:
+    """Start `run`, whose argument is whether to resume, until `out` is whole; up to five starts are killed."""
+    draw, kills = random.Random(1), 0
+    while not (out / "config.json").exists():
+        resume = (out / "state" / "run.json").exists()
+        child = start(lambda resume=resume: run(resume))
+        time.sleep(0.15 + draw.random() * 0.7)
+        if kills < 5 and child.is_alive():
+            child.kill()
+            kills += 1
+        child.join()
+        assert kills == 5 or not (out / "config.json").exists() or child.exitcode == 0
+    assert kills > 1
 
 
 def test_killed_at_any_moment_it_comes_to_the_same_losses_and_weights(
@@ -38,17 +50,47 @@ def test_killed_at_any_moment_it_comes_to_the_same_losses_and_weights(
     """With dropout, so that the random generator counts, and early stopping, so that the best does."""
     config = replace(tiny, max_steps=120, save_every=3, eval_every=7, dropout=0.1, patience=50, schedule="trapezoid")
     run_training([texts], tmp_path / "whole", config=config)
-    out, draw, kills = tmp_path / "killed", random.Random(1), 0
-    while not (out / "config.json").exists():
-        resume = (out / "state" / "run.json").exists()
-        child = start(lambda resume=resume: run_training([texts], out, config=config, resume=resume, force=True))
-        time.sleep(0.15 + draw.random() * 0.7)
-        if kills < 5 and child.is_alive():
-            child.kill()
-            kills += 1
-        child.join()
-        assert kills == 5 or not (out / "config.json").exists() or child.exitcode == 0
-    assert kills > 1
+    out = tmp_path / "killed"
+    kill_often(lambda resume: run_training([texts], out, config=config, resume=resume, force=True), out)
+    assert outcome(out) == outcome(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("changes", [{}, {"lora_rank": 0, "qat": "int4"}], ids=["lora", "full, rounded"])
+def test_fine_tuning_killed_at_any_moment_comes_to_the_same(
+    changes: dict[str, Any], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    data, source = tmp_path / "chat.jsonl", open_checkpoint(tiny_checkpoint)
+    data.write_text(
+        "".join(json.dumps({"prompt": f"What is {n}?", "completion": f"{n * n}."}) + "\n" for n in range(9))
+    )
+    config = FinetuneConfig(
+        max_steps=60,
+        batch_size=4,
+        save_every=3,
+        eval_every=7,
+        patience=50,
+        validation_fraction=0.3,
+        threads=1,
+        **changes,
+    )
+    finetune(source, [data], tmp_path / "whole", config=config)
+    out = tmp_path / "killed"
+    kill_often(lambda resume: finetune(source, [data], out, config=config, resume=resume, force=True), out)
+    assert outcome(out) == outcome(tmp_path / "whole")
+
+
+def test_fine_tuning_passes_over_a_torn_state(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    data, source = tmp_path / "chat.jsonl", open_checkpoint(tiny_checkpoint)
+    data.write_text('{"prompt": "What is one?", "completion": "1."}\n' * 5)
+    config = FinetuneConfig(max_steps=7, batch_size=2, save_every=2, threads=1)
+    finetune(source, [data], tmp_path / "whole", config=config)
+    out, messages = tmp_path / "torn", list[str]()
+    with pytest.raises(KeyboardInterrupt):
+        finetune(source, [data], out, config=config, on_step=interrupt_at(5))
+    last = out / "state" / "step-00000005.pt"
+    last.write_bytes(last.read_bytes()[:-1000])
+    finetune(source, [data], out, config=config, resume=True, on_message=messages.append)
+    assert "step-00000005.pt is damaged; resuming from step-00000004.pt instead" in messages
     assert outcome(out) == outcome(tmp_path / "whole")
 
 
