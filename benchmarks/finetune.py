@@ -4,6 +4,8 @@
 after. Everything goes through the commands, so that the times are a user's.
 
     python benchmarks/finetune.py SOURCE FOLDER [finetune's options]      SOURCE: SmolLM2, a folder or a .gguf
+
+What was taught is quantized twice: without data, and calibrated on the very conversations, 5 minutes on two cores.
 """
 
 from __future__ import annotations
@@ -80,10 +82,16 @@ def main(source: Path, folder: Path, options: list[str]) -> None:
     }
     for name, checkpoint in (("before", source), ("after", folder / "taught")):
         seconds[f"export {name}"] = timed("export", checkpoint, folder / f"{name}-fp32", "--force")
-        bundles = folder / f"{name}-fp32", folder / f"{name}-int4"
+        bundles = folder / f"{name}-fp32", folder / f"{name}-int4-rtn"
         seconds[f"quantize {name}"] = timed("quantize", *bundles, "--recipe", "int4-rtn", "--force")
+    with gptedge.load(folder / "after-fp32") as model:
+        text = "".join(model.chat_template.render(row["messages"], add_generation_prompt=False) for row in rows)
+    (folder / "chat.txt").write_text(text)
+    bundles = folder / "after-fp32", folder / "after-int4"
+    calibrated = "--recipe", "int4", "--calibration", folder / "chat.txt", "--force"
+    seconds["quantize after, calibrated"] = timed("quantize", *bundles, *calibrated)
     print(json.dumps(seconds))
-    for name in ("before-int4", "after-int4", "after-fp32"):
+    for name in ("before-int4-rtn", "after-int4-rtn", "after-int4", "after-fp32"):
         print(f"{name}: {right_answers(folder / name)} of {len(facts())}")
 
 

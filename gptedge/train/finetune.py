@@ -43,6 +43,7 @@ from gptedge.train.output import (
     resume_trainer,
 )
 from gptedge.train.packing import PackedExamples
+from gptedge.train.parts import set_up_torch
 from gptedge.train.qat import RoundedLoss, fake_quantize, rounded_weights
 from gptedge.train.sample import OnModel
 from gptedge.train.trainer import OnStep, Trainer
@@ -94,8 +95,7 @@ def finetune(
     out = Path(out)
     check_output(out, resume=resume, force=force)
     _check_options(config, adapter=adapter)
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    set_up_torch(config)
     records = read_records(paths, skip_bad=skip_bad)
     lesson = _prepare(source, records, config, on_message)
     torch.manual_seed(config.seed)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import shutil
+import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
@@ -10,9 +13,21 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from gptedge.errors import UsageError
 from gptedge.train.batches import Batch
 from gptedge.train.processes import like
 from gptedge.train.settings import LoopConfig
+
+
+def set_up_torch(config: LoopConfig) -> None:
+    """Threads, and whether what `config` asks for can be had here. Raises UsageError."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    compiler = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    if config.compile and not torch.cuda.is_available() and shutil.which(compiler) is None:
+        raise UsageError(
+            f"compile is true, and there is no C++ compiler {compiler}; install one, or set compile = false"
+        )
 
 
 class Objective(nn.Module):

@@ -33,6 +33,7 @@ from gptedge.train.output import (
     put_checkpoint,
     resume_trainer,
 )
+from gptedge.train.parts import set_up_torch
 from gptedge.train.prepare import END_OF_TEXT, end_of_text, learn_tokenizer, scan_text, tokenize
 from gptedge.train.processes import Processes, processes, whole
 from gptedge.train.qat import RoundedLoss, fake_quantize, refresh, refresh_is_due, rounded_weights
@@ -99,8 +100,7 @@ def run_training(
     with processes(shard=shard) as these:
         if not these.leads:
             on_step, on_message = (lambda report: None), (lambda message: None)
-        if config.threads:
-            torch.set_num_threads(config.threads)
+        set_up_torch(config)
         return _train(
             paths, Path(out), config, these, resume, force, skip_bad, on_step, on_message, None if shard else on_model
         )

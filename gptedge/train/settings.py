@@ -88,7 +88,9 @@ class LoopConfig:
     precision: Precision = "auto"
     """bf16 runs matrix products in bfloat16; auto does where the processor gains by it (AMX, and GPUs that have it)."""
     compile: bool = False
-    """Compile the model with torch.compile: minutes before the first step, and faster ones on a GPU."""
+    """Compile the model with torch.compile: minutes before the first step, and faster ones on a GPU.
+
+    On a processor it needs a C++ compiler."""
     qat: str | None = None
     """int4 or int8: train with weights rounded as quantizing will round them; one process, no sharding."""
     threads: int = 0

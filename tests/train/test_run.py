@@ -248,3 +248,12 @@ def test_a_text_that_is_too_short_leaves_nothing(tiny: TrainConfig, tmp_path: Pa
     with pytest.raises(DataError, match="a window needs 17; give more text"):
         run_training([tmp_path / "short.txt"], tmp_path / "m", config=tiny)
     assert not (tmp_path / "m").exists()
+
+
+def test_compiling_without_a_compiler_is_refused(
+    texts: Path, tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UsageError, match=r"there is no C\+\+ compiler no-such-compiler; install one"):
+        run_training([texts], tmp_path / "m", config=replace(tiny, compile=True))
+    assert not (tmp_path / "m").exists()
