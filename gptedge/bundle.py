@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +29,14 @@ TOKENIZER, TOKENIZER_CONFIG, CHAT_TEMPLATE = "tokenizer.json", "tokenizer_config
 MANIFEST = "manifest.json"
 LORA = "lora"
 """The manifest's entry of a bundle whose graph takes adapters; `base` is `checkpoint.weights_id` of its model."""
+KV = "kv"
+"""The manifest's entry of a bundle whose graphs keep keys and values in fewer bits than float32; it names the type."""
 OUTPUT_ERRORS = "output_errors"
 """Where the manifest of a calibrated bundle says what rounding each weight changed of its product's outputs."""
+
+
+_KV_BYTES = {"float32": 4, "int8": 1}
+_KV_SIZES = ("num_hidden_layers", "num_key_value_heads", "head_size")
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,20 @@ class Bundle:
     def prefill_bytes(self) -> int:
         """Bytes that the prefill graph adds; 0 without one."""
         return sum((self.path / f).stat().st_size for f in (PREFILL, PREFILL_DATA) if (self.path / f).exists())
+
+    @property
+    def kv(self) -> str:
+        """What keys and values are kept as: float32, int8; "unknown" without a manifest."""
+        return str(self.manifest.get(KV, "float32")) if self.manifest else "unknown"
+
+    @property
+    def kv_bytes_per_token(self) -> int | None:
+        """Of the KV cache of one text; None where nothing says it."""
+        decoder = self.genai_config.get("model", {}).get("decoder", {})
+        sizes = [decoder.get(name) for name in _KV_SIZES]
+        if None in sizes or self.kv not in _KV_BYTES:
+            return None
+        return 2 * math.prod(sizes) * _KV_BYTES[self.kv]
 
     @property
     def eos_ids(self) -> frozenset[int]:

@@ -20,6 +20,7 @@ from onnx import TensorProto
 from gptedge.bundle import (
     GRAPH,
     GRAPH_DATA,
+    KV,
     LORA,
     MANIFEST,
     OUTPUT_ERRORS,
@@ -40,6 +41,7 @@ from gptedge.quantize import mixed, smooth
 from gptedge.quantize.calibrated import Calibrator
 from gptedge.quantize.calibration import Windows, own_windows, text_windows
 from gptedge.quantize.equalize import equalize
+from gptedge.quantize.kv_cache import CACHES, quantize_cache
 from gptedge.quantize.passes import Target, find_targets, rewrite
 from gptedge.quantize.prefill import PREFILLS, write_prefill
 from gptedge.quantize.recipes import Recipe, find_recipe
@@ -63,6 +65,10 @@ class QuantizeResult:
     """10^6 bytes of the graph and its weights."""
     prefill_mb: float
     """Of the graph for prompts that `prefill` adds; 0 without one."""
+    kv: str
+    """What keys and values are kept as: float32 or int8."""
+    kv_bytes_per_token: int | None
+    """Of the KV cache of one text."""
     seconds: float
     peak_rss_mb: float
 
@@ -75,6 +81,7 @@ def quantize(
     target_mb: float | None = None,
     calibration: Path | None = None,
     prefill: str | None = None,
+    kv: str | None = None,
     seed: int = 0,
     force: bool = False,
     threads: int | None = None,
@@ -84,7 +91,8 @@ def quantize(
 
     `calibration` is text for recipes that learn from data; without one they use what the model writes itself, drawn
     with `seed`. `target_mb` (10^6 bytes of graph and weights) is what `mixed` fills, and no other recipe takes.
-    `prefill` "int8" adds a graph of 8-bit products for prompts, in files of its own (see prefill.py); calibrated too.
+    `prefill` "int8" adds a graph of 8-bit products for prompts, in files of its own (see prefill.py), `kv` "int8" keeps
+    keys and values in 8 bits (see kv_cache.py); both are calibrated too.
 
     Raises UsageError for an unknown recipe, a size that cannot be reached or a bundle that is quantized already,
     BundleError for a broken one, DataError for text that cannot be used or activations that are not finite.
@@ -93,8 +101,9 @@ def quantize(
     name, rows = find_recipe(recipe)
     if rows.fills_target != (target_mb is not None):
         raise UsageError(f"recipe {name} {'needs' if rows.fills_target else 'takes no'} target size (--target-mb)")
-    if prefill is not None and prefill not in PREFILLS:
-        raise UsageError(f"prefill is {prefill!r}; it must be one of {', '.join(PREFILLS)}")
+    for option, value, known in (("prefill", prefill, PREFILLS), ("kv", kv, CACHES)):
+        if value is not None and value not in known:
+            raise UsageError(f"{option} is {value!r}; it must be one of {', '.join(known)}")
     if prefill and rows.distill_steps:
         raise UsageError(f"recipe {name} takes no prefill graph (--prefill); its weights change after calibration")
     bundle = open_bundle(Path(source))
@@ -103,24 +112,26 @@ def quantize(
     verify(bundle)
     assert bundle.manifest is not None
     find_targets(load_graph(bundle.path / GRAPH), rows)  # refuses what the recipe cannot mean before time is spent
-    job = _Job(bundle, rows, target_mb, prefill, threads or default_threads(), seed, report)
+    job = _Job(bundle, rows, target_mb, prefill, kv, threads or default_threads(), seed, report)
     write = job.distilled(Path(out), calibration) if rows.distill_steps else job.rounded(calibration)
     with new_folder(Path(out), force=force) as folder:
         for file in bundle.manifest["files"]:
             if file not in (GRAPH, GRAPH_DATA, PREFILL, PREFILL_DATA, MANIFEST):
                 shutil.copyfile(bundle.path / file, folder / file)
         kept = {fact: bundle.manifest[fact] for fact in _KEPT if fact in bundle.manifest}
-        facts = kept | ({"prefill": prefill} if prefill else {}) | write(folder)
+        options = {"prefill": prefill, KV: kv}
+        facts = kept | {name: value for name, value in options.items() if value} | write(folder)
         write_manifest(folder, family=bundle.manifest["family"], recipe=name, packages=("onnx",), **facts)
-        made = open_bundle(folder)
-        size, prefill_size = made.size_bytes, made.prefill_bytes
+    made = open_bundle(Path(out))
     if rows.distill_steps:
         remove_work(Path(out))
     return QuantizeResult(
         bundle=Path(out),
         recipe=name,
-        size_mb=round(size / 1e6, 2),
-        prefill_mb=round(prefill_size / 1e6, 2),
+        size_mb=round(made.size_bytes / 1e6, 2),
+        prefill_mb=round(made.prefill_bytes / 1e6, 2),
+        kv=made.kv,
+        kv_bytes_per_token=made.kv_bytes_per_token,
         seconds=round(time.perf_counter() - start, 2),
         peak_rss_mb=peak_rss_mb(),
     )
@@ -135,8 +146,9 @@ def _check_source(bundle: Bundle) -> None:
             "export the model without --portable or --via"
         )
     if bundle.recipe not in FLOAT_RECIPES:
+        cache = f", {KV} {bundle.manifest[KV]}" if KV in bundle.manifest else ""
         raise UsageError(
-            f"{bundle.path} is quantized already ({bundle.recipe}); quantize the fp32 bundle it was made from"
+            f"{bundle.path} is quantized already ({bundle.recipe}{cache}); quantize the fp32 bundle it was made from"
         )
 
 
@@ -146,16 +158,21 @@ class _Job:
     recipe: Recipe
     target_mb: float | None
     prefill: str | None
+    kv: str | None
     threads: int
     seed: int
     report: Report
 
     def rounded(self, calibration: Path | None) -> Callable[[Path], Facts]:
-        """Draw the text; what then writes the graph into a folder."""
+        """Draw the text; what then writes the graphs into a bundle's folder."""
+        windows = self._rounding_windows(calibration)
+        return partial(self.write_graphs, write=partial(self.write_graph, windows=windows), windows=windows)
+
+    def _rounding_windows(self, calibration: Path | None) -> Windows | None:
+        """The text that rounding, and what comes with it, needs."""
         text = calibration_text if self.recipe.uses("gptq") else smooth
-        needed = self.recipe.uses("gptq") or self.recipe.smooths or self.prefill
-        windows = self._windows(calibration, text.WINDOWS, text.WINDOW) if needed else None
-        return partial(self.write_graph, windows=windows)
+        needed = self.recipe.uses("gptq") or self.recipe.smooths or self.prefill or self.kv
+        return self._windows(calibration, text.WINDOWS, text.WINDOW) if needed else None
 
     def distilled(self, out: Path, calibration: Path | None) -> Callable[[Path], Facts]:
         """Round and train beside `out`, or go on with what was begun there; what then writes the graph into a folder.
@@ -174,22 +191,23 @@ class _Job:
         start, windows = work / START, work / "windows.npy"
         if not start.is_dir():
             with new_folder(start) as folder:
-                self.rounded(calibration)(folder)
+                self.write_graph(folder, self._rounding_windows(calibration))
         if not windows.is_file():
             count = self.recipe.distill_steps + distill.HELD_OUT if calibration else distill.OWN_WINDOWS
             drawn = self._windows(calibration, count, calibration_text.WINDOW)
             with new_file(windows) as path, path.open("wb") as file:
                 np.save(file, drawn)
+        text_ids = np.load(windows)
         changed = distill.distill(
             self.bundle,
             work,
-            np.load(windows),
+            text_ids,
             steps=self.recipe.distill_steps,
             seed=self.seed,
             threads=self.threads,
             report=self.report,
         )
-        return partial(_copy_graph, start, changed=changed)
+        return partial(self.write_graphs, write=partial(_copy_graph, start, changed=changed), windows=text_ids)
 
     def _windows(self, calibration: Path | None, count: int, length: int) -> Windows:
         """Up to `count` windows of a file, or of what the model writes itself, [n_windows, T]."""
@@ -197,6 +215,13 @@ class _Job:
         if calibration:
             return text_windows(calibration, self.bundle, count, length, seed=self.seed)
         return own_windows(self.bundle, count, length, threads=self.threads, seed=self.seed, report=self.report)
+
+    def write_graphs(self, folder: Path, write: Callable[[Path], Facts], windows: Windows | None) -> Facts:
+        """Let `write` fill the folder of a bundle, then change the kind of its KV cache, measured as it is by then."""
+        facts = write(folder)
+        if self.kv and windows is not None:
+            quantize_cache(folder, _few(windows), self.threads)
+        return facts
 
     def write_graph(self, folder: Path, windows: Windows | None) -> Facts:
         """What was measured meanwhile is returned."""
@@ -210,7 +235,7 @@ class _Job:
             if self.target_mb is not None and windows is not None:
                 targets = find_targets(model, self._plan(model, read, targets, windows, pool))
             smoothed = [t for t in targets if t.group.smooth]
-            few = None if windows is None else windows[: max(1, smooth.WINDOWS * smooth.WINDOW // windows.shape[1])]
+            few = None if windows is None else _few(windows)
             if few is not None and smoothed:
                 walk = Walk(model, read, few, threads=self.threads)
                 read = smooth.smoothed(model, read, walk, smoothed).read
@@ -270,6 +295,11 @@ class _Job:
             return file.add(tensor.name, [read(tensor)])
 
         rewrite(model, targets, store, keep)
+
+
+def _few(windows: Windows) -> Windows:
+    """As many as show how large values become."""
+    return windows[: max(1, smooth.WINDOWS * smooth.WINDOW // windows.shape[1])]
 
 
 def _copy_graph(source: Path, folder: Path, *, changed: Mapping[str, npt.NDArray[Any]]) -> Facts:

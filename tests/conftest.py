@@ -134,6 +134,25 @@ def quantized_bundle(request: pytest.FixtureRequest, tiny_bundle: Path) -> Path:
     return quantize(tiny_bundle, tiny_bundle.parent / request.param, recipe=request.param).bundle
 
 
+@pytest.fixture(scope="session", params=["int8-weight", "int8", "int4-rtn"])
+def small_cache_bundle(request: pytest.FixtureRequest, tiny_bundle: Path) -> Path:
+    """A bundle whose keys and values are int8."""
+    return _with_small_cache(tiny_bundle, request.param)
+
+
+@pytest.fixture(scope="session")
+def float_small_cache_bundle(tiny_bundle: Path) -> Path:
+    """One of these whose activations are never rounded."""
+    return _with_small_cache(tiny_bundle, "int8-weight")
+
+
+def _with_small_cache(bundle: Path, recipe: str) -> Path:
+    from gptedge.quantize.quantizer import quantize
+
+    out = bundle.parent / f"{recipe}-kv"
+    return out if out.exists() else quantize(bundle, out, recipe=recipe, kv="int8").bundle
+
+
 def prepared_prompts(vocab_size: int, count: int) -> list[list[int]]:
     """Token ids of prompts, half of which repeat themselves."""
     rng = np.random.default_rng(7)

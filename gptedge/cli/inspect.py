@@ -31,12 +31,14 @@ def command(bundle: BundleArgument, as_json: Json = False) -> None:
         "recipe": opened.recipe,
         "size_mb": round(opened.size_bytes / 1e6, 2),
         "prefill_mb": round(opened.prefill_bytes / 1e6, 2) or None,
+        "kv": opened.kv,
+        "kv_bytes_per_token": opened.kv_bytes_per_token,
         **{ours: where.get(theirs) for ours, theirs in _SHAPE.items()},
         "parity": manifest.get("parity"),
         "made_with": manifest.get("made_with", {}),
         "files": {name: entry["size"] for name, entry in manifest.get("files", {}).items()},
     }
-    lines = [f"{key:15} {_show(entry)}" for key, entry in value.items() if entry not in (None, {})]
+    lines = [f"{key:18} {_show(entry)}" for key, entry in value.items() if entry not in (None, {})]
     emit(value, as_json=as_json, lines=lines)
 
 

@@ -26,6 +26,9 @@ def command(
     prefill: Annotated[
         str | None, typer.Option(help="int8: add a graph that reads prompts by 8-bit products, in files of its own.")
     ] = None,
+    kv: Annotated[
+        str | None, typer.Option(help="int8: keep keys and values in 8 bits, a quarter of the KV cache's memory.")
+    ] = None,
     text: Annotated[Path | None, typer.Option(help="Text that the quality gates are measured on.")] = None,
     max_ppl_increase: MaxPplIncrease = None,
     max_kld: MaxKld = None,
@@ -51,6 +54,7 @@ def command(
             target_mb=target_mb,
             calibration=calibration,
             prefill=prefill,
+            kv=kv,
             seed=seed,
             force=force,
             threads=threads,
@@ -65,6 +69,7 @@ def command(
     verdicts = judge(gates, facts, subject=str(out), as_json=as_json)
     value = {**facts, **asdict(result), "bundle": str(result.bundle), "gates": verdicts.as_json()}
     beside = f" and {result.prefill_mb:g} MB for prompts" if result.prefill_mb else ""
-    lines = [f"{out}: {result.recipe}, {result.size_mb:g} MB{beside} in {result.seconds:g} s"]
+    cache = f", keys and values in {kv} ({result.kv_bytes_per_token} bytes a token)" if kv else ""
+    lines = [f"{out}: {result.recipe}, {result.size_mb:g} MB{beside}{cache} in {result.seconds:g} s"]
     emit(value, as_json=as_json, lines=lines)
     verdicts.raise_if_failed()

@@ -142,17 +142,21 @@ def _open(model: onnx.ModelProto, folder: Path, threads: int) -> Any:
 _ATTRIBUTES = {
     "GroupQueryAttention": {
         *("num_heads", "kv_num_heads", "do_rotary", "rotary_interleaved", "local_window_size", "scale", "softcap"),
+        *("k_quant_type", "v_quant_type", "kv_cache_bit_width"),
     },
     "Attention": {"scale", "softcap"},
 }
-_INPUTS = {"GroupQueryAttention": 9, "Attention": 6}
-"""Those after these are biases, sinks and quantized caches."""
+_INPUTS = {"GroupQueryAttention": {9, 10, 11, 14, 15}, "Attention": {6}}
+"""Those that would change the weights in ways not read here: positions, biases, sinks, norms."""
+_SCALES = slice(12, 14)  # of GroupQueryAttention's cache, where that is of integers
 
 
 def _unknown(node: onnx.NodeProto) -> bool:
     """Whether it does more than is read here."""
-    attributes = {a.name for a in node.attribute}
-    return bool(attributes - _ATTRIBUTES[node.op_type]) or any(node.input[_INPUTS[node.op_type] :])
+    options = _options(node)
+    if options.keys() - _ATTRIBUTES[node.op_type] or options.get("kv_cache_bit_width", 8) != 8:
+        return True
+    return any(node.input[i] for i in _INPUTS[node.op_type] if i < len(node.input))
 
 
 def _options(node: onnx.NodeProto) -> dict[str, float]:
@@ -173,6 +177,8 @@ def _grouped(node: onnx.NodeProto, i: int, values: Mapping[str, Any]) -> Floats 
     o = _options(node)
     heads, kv_heads = int(o["num_heads"]), int(o["kv_num_heads"])
     k, v = (np.asarray(values[name][0], np.float32) for name in (present_key(i), present_value(i)))  # [K, T, E]
+    if scales := node.input[_SCALES]:
+        k, v = (_as_numbers(x, values[scale]) for x, scale in zip((k, v), scales, strict=True))
     n, width = k.shape[1], k.shape[2]
     packed = np.asarray(values[node.input[0]][0], np.float32).reshape(n, -1, width)  # [T, H (+ 2K), E]
     q = packed[:, :heads].swapaxes(0, 1)  # [H, T, E]
@@ -189,6 +195,11 @@ def _grouped(node: onnx.NodeProto, i: int, values: Mapping[str, Any]) -> Floats 
     given = np.asarray(values[node.output[0]][0], np.float32).reshape(n, heads, width).swapaxes(0, 1)
     assert len(k) == kv_heads
     return _if_same(weights, v, given)
+
+
+def _as_numbers(integers: Floats, scales: Floats) -> Floats:
+    """Keys or values [K, T, E] of a cache of 8 bits, with one scale, or one for each channel of each head."""
+    return integers * (scales.reshape(len(integers), 1, -1) if scales.size > 1 else scales.ravel())
 
 
 def _rotate(x: Floats, cos: Floats, sin: Floats, *, interleaved: bool) -> Floats:

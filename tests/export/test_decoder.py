@@ -310,9 +310,10 @@ def test_last_row_alone_is_the_last_of_all(pair: tuple[torch.nn.Module, Path, Pa
 
 
 def test_int8_computes_nearly_the_same(pair: tuple[torch.nn.Module, Path, Path], tmp_path: Path) -> None:
+    """Weights, the graph for prompts, keys and values; windows, soft caps and learned positions included."""
     _, _, bundle = pair
     ids = ids_of(60)
-    quantize(bundle, tmp_path / "int8", recipe="int8", prefill="int8")
+    quantize(bundle, tmp_path / "int8", recipe="int8", prefill="int8", kv="int8")
     plain, small = (Session(open_bundle(b)) for b in (bundle, tmp_path / "int8"))
     expected, got = (s.run(ids, s.new_cache(), every_row=True) for s in (plain, small))
     assert np.abs(got - expected).mean() <= 0.2 * expected.std()

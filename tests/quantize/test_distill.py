@@ -113,8 +113,9 @@ def test_ctrl_c_saves_and_leaves_the_destination_alone(tiny_bundle: Path, files:
 
 def test_own_text_will_do(tiny_bundle: Path, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distill, "OWN_WINDOWS", 2)
-    made = quantize(tiny_bundle, tmp_path / "out", recipe=str(files / "distilled.toml"), threads=1)
+    made = quantize(tiny_bundle, tmp_path / "out", recipe=str(files / "distilled.toml"), kv="int8", threads=1)
     assert np.isfinite(divergence(made.bundle, tiny_bundle))
+    assert open_bundle(made.bundle).kv == made.kv == "int8"  # scales are of the trained weights' keys and values
 
 
 def test_the_graph_in_torch_is_the_graph(distilled: Path, tmp_path: Path) -> None:

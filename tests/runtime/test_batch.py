@@ -25,9 +25,9 @@ ENDING = {"max_tokens": 40, "stop": ["e", "D", "9", ">"]}
 """Texts end one after another."""
 
 
-@pytest.fixture(scope="module")
-def model(tiny_bundle: Path) -> gptedge.Model:
-    return gptedge.load(tiny_bundle, threads=1)
+@pytest.fixture(scope="module", params=["tiny_bundle", "float_small_cache_bundle"])
+def model(request: pytest.FixtureRequest) -> gptedge.Model:
+    return gptedge.load(request.getfixturevalue(request.param), threads=1)
 
 
 def same(together: list[gptedge.Result], alone: list[gptedge.Result]) -> None:

@@ -8,14 +8,14 @@ import pytest
 
 import gptedge
 from gptedge.runtime.context import PlainText, Window
+from tests.runtime.test_session import CACHES
 
 CONTEXT = 300  # of the tiny model
 
 
-@pytest.fixture(scope="module", params=["shared", "growing"])
-def model(request: pytest.FixtureRequest, tiny_bundle: Path) -> gptedge.Model:
-    bundle = tiny_bundle if request.param == "shared" else request.getfixturevalue("portable_bundle")
-    return gptedge.load(bundle, threads=1)
+@pytest.fixture(scope="module", params=CACHES)
+def model(request: pytest.FixtureRequest) -> gptedge.Model:
+    return gptedge.load(request.getfixturevalue(CACHES[request.param]), threads=1)
 
 
 def endless(model: gptedge.Model, **changes: object) -> dict[str, object]:

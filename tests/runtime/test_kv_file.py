@@ -15,13 +15,12 @@ import pytest
 
 import gptedge
 from gptedge.bundle import MANIFEST, fingerprint, open_bundle
-from tests.runtime.test_session import changed
+from tests.runtime.test_session import CACHES, changed
 
 
-@pytest.fixture(scope="module", params=["shared", "growing"])
-def model(request: pytest.FixtureRequest, tiny_bundle: Path) -> gptedge.Model:
-    bundle = tiny_bundle if request.param == "shared" else request.getfixturevalue("portable_bundle")
-    return gptedge.load(bundle, threads=1)
+@pytest.fixture(scope="module", params=CACHES)
+def model(request: pytest.FixtureRequest) -> gptedge.Model:
+    return gptedge.load(request.getfixturevalue(CACHES[request.param]), threads=1)
 
 
 def talked(model: gptedge.Model) -> gptedge.Chat:

@@ -15,13 +15,16 @@ from gptedge.errors import BundleError, ContextOverflowError, UsageError
 from gptedge.runtime.onnx_runtime import choose_provider
 from gptedge.runtime.session import Session
 
+CACHES = {"shared": "tiny_bundle", "growing": "portable_bundle", "int8": "float_small_cache_bundle"}
+"""One model, in a graph that appends to its cache in place, in one that gives longer tensors back, and in one that
+keeps integers; by the kind of cache the bundle's fixture."""
 
-@pytest.fixture(scope="module", params=["shared", "growing"])
-def session(request: pytest.FixtureRequest, tiny_bundle: Path) -> Session:
-    """One model, in a graph that appends to its cache in place, and in one that gives longer tensors back."""
-    bundle = tiny_bundle if request.param == "shared" else request.getfixturevalue("portable_bundle")
-    opened = Session(open_bundle(bundle), threads=1)
-    assert opened.signature.cache.shared == (request.param == "shared")
+
+@pytest.fixture(scope="module", params=CACHES)
+def session(request: pytest.FixtureRequest) -> Session:
+    opened = Session(open_bundle(request.getfixturevalue(CACHES[request.param])), threads=1)
+    layout = opened.signature.cache
+    assert (layout.shared, layout.dtype == np.int8) == (request.param != "growing", request.param == "int8")
     return opened
 
 
@@ -248,43 +251,6 @@ def test_half_precision_caches(tiny_bundle: Path, portable_bundle: Path, tmp_pat
         assert np.abs(got - expected).max() < 2e-2 * expected.std()
     caches[0].truncate(10)
     assert half.run([4], caches[0]).dtype == np.float32
-
-
-def test_int8_caches(tiny_bundle: Path, tmp_path: Path) -> None:
-    """Keys and values in bytes, with a scale for each channel in the graph: a quarter of the memory, much the same."""
-    from onnx import TensorProto, helper, numpy_helper
-
-    whole = Session(open_bundle(tiny_bundle), threads=1)
-    seen = whole.new_cache()
-    whole.run(ids_of(200), seen)
-    largest = [np.abs(t).max(axis=1).reshape(-1) for t in seen.tensors()]
-
-    def edit(model: object) -> None:
-        graph = model.graph  # type: ignore[attr-defined]
-        for value in (*graph.input, *graph.output):
-            if value.name.startswith(("past_key_values", "present")):
-                value.type.tensor_type.elem_type = TensorProto.INT8
-        attentions = [n for n in graph.node if n.op_type == "GroupQueryAttention"]
-        for i, node in enumerate(attentions):
-            node.input.extend([""] * (12 - len(node.input)))
-            for kind, top in zip("kv", largest[2 * i :], strict=False):
-                scale = numpy_helper.from_array((top / 127).astype(np.float32), f"{kind}_scale.{i}")
-                graph.initializer.append(scale)
-                node.input.append(scale.name)
-                node.attribute.append(helper.make_attribute(f"{kind}_quant_type", "PER_CHANNEL"))
-            node.attribute.append(helper.make_attribute("kv_cache_bit_width", 8))
-
-    bundle = edited_graph(tiny_bundle, tmp_path / "b", edit)
-    shutil.copyfile(tiny_bundle / GENAI_CONFIG, bundle / GENAI_CONFIG)
-    small = Session(open_bundle(bundle), threads=1)
-    assert small.signature.cache.shared
-    caches = small.new_cache(), whole.new_cache()
-    assert caches[0].bytes_per_token * 4 == caches[1].bytes_per_token
-    for ids in (ids_of(30), [5], ids_of(8)):
-        got, expected = small.run(ids, caches[0], every_row=True), whole.run(ids, caches[1], every_row=True)
-        assert 0.99 < np.corrcoef(got.ravel(), expected.ravel())[0, 1] < 1
-    caches[0].truncate(10)
-    np.testing.assert_array_equal(small.run([4], caches[0].copy()), small.run([4], caches[0]))
 
 
 # ---- bundles that are not whole ------------------------------------------------------------------------------------

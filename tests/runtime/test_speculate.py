@@ -61,6 +61,17 @@ def test_the_same_tokens_to_the_last_bit(quantized_bundle: Path, name: str, lear
     assert any(right < guessed for guessed, right in learned)
 
 
+def test_over_an_int8_cache(small_cache_bundle: Path, learned: list[tuple[int, int]]) -> None:
+    bundle = open_bundle(small_cache_bundle)
+    fast, slow = Session(bundle, threads=1), Session(bundle, threads=1, speculate=False)
+    for prompt in prepared_prompts(fast.vocab_size, 25):
+        got, wanted = (reply(session, prompt, 48, temperature=0) for session in (fast, slow))
+        assert got[:2] == wanted[:2]
+        np.testing.assert_array_equal(got[2], wanted[2])
+    assert got[2].dtype == np.int8
+    assert any(right == guessed > 3 for guessed, right in learned)
+
+
 def test_float_models_too(tiny_bundle: Path) -> None:
     bundle = open_bundle(tiny_bundle)
     fast, slow = Session(bundle, threads=1), Session(bundle, threads=1, speculate=False)
