@@ -126,7 +126,7 @@ def _attend_to_floats(graph: onnx.GraphProto) -> None:
         nodes += _widened(node) if node.op_type == _ATTENTION else [node]
     del graph.node[:]
     graph.node.extend(nodes)
-    constants = {_ONE: np.array(1, np.float32), _ZERO: np.array(0, np.int8)}
+    constants: dict[str, npt.NDArray[Any]] = {_ONE: np.array(1, np.float32), _ZERO: np.array(0, np.int8)}
     graph.initializer.extend(onnx.numpy_helper.from_array(value, name) for name, value in constants.items())
 
 
