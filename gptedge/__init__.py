@@ -35,7 +35,8 @@ if TYPE_CHECKING:
         UnsupportedModelError,
         UsageError,
     )
-    from gptedge.model import Model, chat, generate, load, stream
+    from gptedge.loading import load
+    from gptedge.model import Model, chat, generate, stream
     from gptedge.runtime.generate import Chunk, Result, Stream, Timings, Usage
 
 _HOMES = {
@@ -58,7 +59,8 @@ _HOMES = {
         "UnsupportedModelError",
         "UsageError",
     ),
-    "gptedge.model": ("Model", "chat", "generate", "load", "stream"),
+    "gptedge.loading": ("load",),
+    "gptedge.model": ("Model", "chat", "generate", "stream"),
     "gptedge.runtime.generate": ("Chunk", "Result", "Stream", "Timings", "Usage"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -12,7 +12,8 @@ from types import TracebackType
 from typing import Any, overload
 
 from gptedge.conversation import Chat
-from gptedge.model import Model, load
+from gptedge.loading import load
+from gptedge.model import Model
 from gptedge.runtime.adapter import Adapter
 from gptedge.runtime.generate import Chunk, Result, Stream
 

@@ -101,7 +101,7 @@ def _own_model(out: Path, screen: Screen, train_seconds: float, seed: int) -> li
 
 def _chat_model(out: Path, screen: Screen) -> list[Row]:
     from gptedge.evaluate.sample import sample_text
-    from gptedge.model import load
+    from gptedge.loading import load
     from gptedge.pull import pull
 
     screen.title("A real chat model: SmolLM2-135M-Instruct")
@@ -174,7 +174,7 @@ def _judge(name: str, bundles: Sequence[Path], ids: Sequence[int], screen: Scree
     """Quality against the first bundle, and speed, of each."""
     from gptedge.evaluate.bench import decode_speed
     from gptedge.evaluate.divergence import evaluate
-    from gptedge.model import load
+    from gptedge.loading import load
 
     rows = []
     screen.title(f"Evaluate {name}")

@@ -1,64 +1,28 @@
-"""`gptedge.load`: a bundle ready to generate text. The API that programs embed; it never needs torch."""
+"""A loaded bundle that generates text: what `gptedge.load` gives. The API that programs embed; it never needs torch."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from threading import Event
 from types import TracebackType
 from typing import Any, overload
 
-from gptedge.bundle import Bundle, open_bundle
+from gptedge.bundle import Bundle
 from gptedge.chat_prompt import ChatPrompt
 from gptedge.chat_template import ChatTemplate, load_chat_template
 from gptedge.config import SamplingParams
 from gptedge.conversation import Chat
 from gptedge.errors import UsageError
+from gptedge.loading import likely_long, load
 from gptedge.runtime.adapter import Adapter
 from gptedge.runtime.batch import BATCH_SIZE, generate_batch
 from gptedge.runtime.context import PlainText, Shortener, Window
 from gptedge.runtime.generate import Chunk, Result, Stream, chunks
 from gptedge.runtime.session import Session
-from gptedge.runtime.tuning import choose_threads
 from gptedge.tokenizer import Tokenizer
-
-
-def load(
-    bundle: str | Path,
-    *,
-    threads: int | None = None,
-    provider: str | None = None,
-    verify: bool = True,
-    speculate: bool = True,
-    tune: bool = True,
-    profile: str | Path | None = None,
-    adapter: str | Path | None = None,
-) -> Model:
-    """Load a bundle folder.
-
-    threads: cores to compute on (default: what `gptedge bench --tune` found best for this bundle on this machine, else
-        the physical ones that the process may use).
-    provider: "cpu", "cuda", or None for the best.
-    verify: compare every file with the manifest's sha256, which runs beside the loading.
-    speculate: check tokens guessed from the text several at once; without, the same tokens take longer.
-    tune: False leaves out of account what was found best; nothing is ever tried while loading.
-    adapter: a LoRA adapter to begin with, as `Model.load_adapter` takes it and with what it raises.
-    profile: a file that says how many threads, as `gptedge bench --tune` writes it, wherever it was measured.
-    Raises BundleError when the folder is not a whole bundle, MissingExtraError without onnxruntime,
-    UsageError when the profile is none.
-    """
-    opened = open_bundle(Path(bundle))
-    with ThreadPoolExecutor(1, "gptedge-tokenizer") as pool:  # read while onnxruntime makes its session
-        tokenizer = pool.submit(Tokenizer.from_folder, opened.path)
-        choice = choose_threads(opened, threads, None if profile is None else Path(profile), tuned=tune)
-        session = Session(opened, threads=choice.threads, provider=provider, check=verify, speculate=speculate)
-        model = Model(opened, session, tokenizer.result(), threads_from=choice.source)
-    if adapter is not None:
-        model.adapter = model.load_adapter(adapter)
-    return model
 
 
 class Model:
@@ -219,13 +183,13 @@ def generate(bundle: Model | str | Path, prompt: str, **changes: Any) -> str:
     """`Model.generate` of a model, or of a bundle that is loaded for this one call."""
     if isinstance(bundle, Model):
         return bundle.generate(prompt, **changes)
-    with load(bundle) as model:
+    with load(bundle, long_prompts=likely_long(prompt)) as model:
         return model.generate(prompt, **changes)
 
 
 def stream(bundle: Model | str | Path, prompt: str, **changes: Any) -> Stream:
     """`Model.stream` of a model, or of a bundle, which is then loaded for this one call."""
-    return _loaded(bundle).stream(prompt, **changes)
+    return _loaded(bundle, long_prompts=likely_long(prompt)).stream(prompt, **changes)
 
 
 def chat(bundle: Model | str | Path, *, system: str | None = None, **changes: Any) -> Chat:
@@ -233,5 +197,5 @@ def chat(bundle: Model | str | Path, *, system: str | None = None, **changes: An
     return _loaded(bundle).chat(system=system, **changes)
 
 
-def _loaded(bundle: Model | str | Path) -> Model:
-    return bundle if isinstance(bundle, Model) else load(bundle)
+def _loaded(bundle: Model | str | Path, **settings: Any) -> Model:
+    return bundle if isinstance(bundle, Model) else load(bundle, **settings)

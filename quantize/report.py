@@ -15,7 +15,8 @@ from gptedge.bundle import GRAPH, open_bundle
 from gptedge.errors import BundleError, UsageError
 from gptedge.evaluate.bench import decode_speed
 from gptedge.evaluate.divergence import Evaluation, Scores, score, summarize
-from gptedge.model import Model, load
+from gptedge.loading import load
+from gptedge.model import Model
 from gptedge.progress import Report, silent
 from gptedge.quantize.quantizer import FLOAT_RECIPES
 from gptedge.quantize.report_runs import METRICS, RunReport, read_run

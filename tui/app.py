@@ -350,7 +350,7 @@ def run(
     def load() -> Model:
         from gptedge import load as load_model
 
-        return load_model(bundle, **loading)
+        return load_model(bundle, **loading, long_prompts=saved is not None)
 
     file = ChatFile(saved.path, bundle, saved.messages) if saved else ChatFile.new(chats_folder(), bundle)
     app = ChatApp(

@@ -8,7 +8,8 @@ work = json.load(sys.stdin)
 begin = time.perf_counter()
 import gptedge  # noqa: E402  (importing is timed, or must not be)
 
-model = gptedge.load(work["model"], threads=work["threads"])
+# As the command that generates does, which knows its prompt before it loads.
+model = gptedge.load(work["model"], threads=work["threads"], long_prompts=len(work["prompt"]) > 64)
 loaded = time.perf_counter()
 from threading import Event  # noqa: E402  (importing is timed, or must not be)
 

@@ -44,7 +44,7 @@ def command(
     """Measure speed."""
     from gptedge.evaluate.bench import bench
     from gptedge.evaluate.profile import decode_profile
-    from gptedge.model import load
+    from gptedge.loading import load
 
     if tune and (no_tune or profile or threads):
         raise UsageError("--tune finds the number of threads; leave out --threads, --profile and --no-tune")
@@ -77,7 +77,7 @@ def command(
 
 def _tune(bundle: Path, loading: Loading) -> dict[str, Any]:
     """Try numbers of threads and keep the fastest; what was seen, and where the profile is."""
-    from gptedge.model import load
+    from gptedge.loading import load
     from gptedge.runtime import tuning
 
     start = time.perf_counter()

@@ -127,13 +127,13 @@ def _plain(
     loading: Loading,
     as_json: bool,
 ) -> None:
-    from gptedge.model import load
+    from gptedge.loading import load
     from gptedge.tui.plain import Repl
     from gptedge.tui.store import ChatFile, chats_folder
 
     if sys.stdout.encoding.lower() != "utf-8":
         sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]  # typed as any TextIO
-    with load(bundle, **loading) as model:
+    with load(bundle, **loading, long_prompts=saved is not None) as model:
         chat = model.chat(system=system, params=params)
         file = None
         if saved:

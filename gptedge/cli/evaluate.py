@@ -81,7 +81,7 @@ def measure(
 ) -> dict[str, Any]:
     """The evaluation as JSON-ready data, with the bundle's size."""
     from gptedge.evaluate.divergence import DEFAULT_CONTEXT, evaluate
-    from gptedge.model import load
+    from gptedge.loading import load
     from gptedge.text import read_text
 
     content = read_text(text)
@@ -112,7 +112,7 @@ def _measure_pairs(
     bundle: Path, pairs: list[Pair], *, chat: bool | None, max_tokens: int, threads: int | None, out: Path | None
 ) -> dict[str, Any]:
     from gptedge.evaluate.text_metrics import compare, has_chat_template, replies
-    from gptedge.model import load
+    from gptedge.loading import load
 
     with load(bundle, threads=threads) as model:
         chat = has_chat_template(model) if chat is None else chat

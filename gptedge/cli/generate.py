@@ -77,11 +77,12 @@ def command(
     if system is not None and not chat:
         raise UsageError("--system needs --chat: without a chat template there is no place for a system message")
     text = text_argument(prompt)
-    from gptedge.model import load
+    from gptedge.loading import likely_long, load
 
     start = time.perf_counter()
     loading = Loading(threads=threads, profile=profile, tune=not no_tune, provider=provider, adapter=adapter)
-    with load(bundle, **loading, speculate=not no_speculate) as model:
+    long = likely_long(text) and adapter is None
+    with load(bundle, **loading, speculate=not no_speculate, long_prompts=long) as model:
         load_ms = round((time.perf_counter() - start) * 1000, 2)
         stream = model.chat(system=system).stream(text, **vars(params)) if chat else model.stream(text, params)
         _print_json(stream, load_ms, model.session.provider) if as_json else _print_text(stream)

@@ -66,12 +66,14 @@ def command(
     )
     with needs("serve"):
         from gptedge.serve.server import Server, bind, url_of
-    from gptedge.model import load
+    from gptedge.loading import load
 
     with bind(settings.host, settings.port) as sock:  # before loading: a port in use should not cost a minute
         if not settings.is_loopback and settings.api_key is None:
             say(f"warning: anyone who can reach {host} can use this server; --api-key-file asks for a key")
-        with load(bundle, threads=threads, profile=profile, tune=not no_tune, provider=provider) as model:
+        with load(
+            bundle, threads=threads, profile=profile, tune=not no_tune, provider=provider, long_prompts=True
+        ) as model:
             url = url_of(sock)
             server = Server(model, settings, on_ready=lambda: _tell(url, model, server.model_names, as_json))
             with suppress(KeyboardInterrupt):

@@ -19,7 +19,8 @@ from gptedge.bundle import GRAPH, Bundle
 from gptedge.errors import BundleError
 from gptedge.evaluate.explain import Floats, Look, too_many_weights
 from gptedge.graph_io import ATTENTION_MASK, INPUT_IDS, PAST_PREFIX, POSITION_IDS, present_key, present_value
-from gptedge.model import Model, load
+from gptedge.loading import load
+from gptedge.model import Model
 from gptedge.runtime.onnx_runtime import import_onnxruntime
 from gptedge.runtime.session import PREFILL_CHUNK, Session
 from gptedge.tokenizer import Tokenizer

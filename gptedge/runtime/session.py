@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gptedge.bundle import GRAPH, PREFILL, Bundle, verify
+from gptedge.bundle import GRAPH, PREFILL, PREFILL_DATA, Bundle, verify
 from gptedge.errors import BundleError, ContextOverflowError, UsageError
 from gptedge.graph_io import (
     ATTENTION_MASK,
@@ -31,14 +31,22 @@ from gptedge.graph_io import (
 )
 from gptedge.runtime.adapter import Adapter, read_adapter
 from gptedge.runtime.kv_cache import KVCache
-from gptedge.runtime.onnx_runtime import PROVIDERS, device_of, import_onnxruntime, open_graph, session_options
-from gptedge.runtime.signature import read_signature
+from gptedge.runtime.onnx_runtime import (
+    PROVIDERS,
+    choose_provider,
+    device_of,
+    import_onnxruntime,
+    open_graph,
+    session_options,
+)
+from gptedge.runtime.signature import read_signature, shares_buffer
 from gptedge.runtime.threads import default_threads
 
 PREFILL_CHUNK = 256
 """Tokens run at once while reading a prompt; bounds the memory that attention takes."""
 PREFILL_AT_LEAST = 64
 """Tokens from which on a prompt goes through the bundle's graph for prompts; fewer would not repay its loading."""
+_PREFILL_FILES = (PREFILL, PREFILL_DATA)
 _VERIFY_FIRST = 10_000_000  # bytes; smaller files are checked before onnxruntime reads them, larger ones meanwhile
 
 Logits = npt.NDArray[np.float32]
@@ -53,11 +61,13 @@ class Session:
         provider: str | None = None,
         check: bool = True,
         speculate: bool = True,
+        long_prompts: bool = False,
     ) -> None:
-        """Load the graph. `check` compares every file with the manifest's sha256, beside the loading.
+        """Load the graph. `check` compares every file that is used with the manifest's sha256, beside the loading.
 
         provider: cpu or cuda; None is CUDA where it works, else the CPU. `self.provider` says which it became.
         speculate: check guessed tokens several at once (see speculate.py); without, the same tokens take longer.
+        long_prompts: open the graph for prompts at once, in a thread; otherwise the first long prompt opens it.
         """
         if threads is not None and threads < 1:
             raise UsageError(f"threads is {threads}; it must be at least 1")
@@ -70,19 +80,35 @@ class Session:
         self._run_options = self._ort.RunOptions()
         self.lock = threading.Lock()
         """Held while the graph runs."""
-        large = _verify_small_files(bundle) if check else []
-        with ThreadPoolExecutor(1, "gptedge-verify") as pool:
-            checked: Future[None] | None = pool.submit(verify, bundle, names=large) if large else None
-            self._session, self.provider = self._open(GRAPH, provider)
-            if checked:
-                checked.result()
+        self._unverified = _verify_small_files(bundle) if check else {}
+        self._ahead: Future[Any] | None = None
+        if long_prompts and choose_provider(provider, self._ort.get_available_providers()) == PROVIDERS["cpu"]:
+            self._ahead = self._open_ahead()
+        self._session, self.provider = self._open(GRAPH, provider)
         self._describe()
 
     def _open(self, graph: str, provider: str | None, profile: Path | None = None) -> tuple[Any, str]:
+        """Open a graph, and meanwhile verify what it loads."""
         options = session_options(self._ort, self.threads)
         if profile:
             options.enable_profiling, options.profile_file_prefix = True, str(profile)
-        return open_graph(self._ort, self.bundle.path / graph, options, provider)
+        names = self._unverified.get(graph)
+        with ThreadPoolExecutor(1, "gptedge-verify") as pool:
+            checked = pool.submit(verify, self.bundle, names=names) if names else None
+            opened = open_graph(self._ort, self.bundle.path / graph, options, provider)
+            if checked:
+                checked.result()
+        self._unverified.pop(graph, None)
+        return opened
+
+    def _open_ahead(self) -> Future[Any] | None:
+        """Begin to open the graph for prompts, where the bundle has one."""
+        if not (self.bundle.path / PREFILL).exists() or not shares_buffer(self.bundle):
+            return None
+        pool = ThreadPoolExecutor(1, "gptedge-prompts")
+        ahead = pool.submit(self._open, PREFILL, "cpu")
+        pool.shutdown(wait=False)
+        return ahead
 
     @contextmanager
     def profiled(self, prefix: Path) -> Iterator[Callable[[], str]]:
@@ -97,14 +123,14 @@ class Session:
 
     @cached_property
     def _prompt_graph(self) -> Any:
-        """The session of the bundle's graph for prompts, opened when the first long prompt comes; None without one.
+        """The session of the bundle's graph for prompts, opened when the first long prompt comes, or before; or None.
 
         It is written for the CPU's integer products, and its cache must be one that it can append to.
         """
         suits = self.provider == PROVIDERS["cpu"] and self.signature.cache.shared
         if not suits or not (self.bundle.path / PREFILL).exists():
             return None
-        return self._open(PREFILL, "cpu")[0]
+        return (self._ahead.result() if self._ahead else self._open(PREFILL, "cpu"))[0]
 
     def _describe(self) -> None:
         """What the graph's inputs say of the model, and where its outputs go: logits to the CPU, the cache stays."""
@@ -270,7 +296,7 @@ class Session:
         """Give the weights' memory back. Later runs raise BundleError."""
         with self.lock:
             self._session = _Closed()
-            self.__dict__["_prompt_graph"] = None
+            self.__dict__["_prompt_graph"] = self._ahead = None
 
 
 class _Closed:
@@ -284,11 +310,12 @@ def _chunks(ids: Sequence[int]) -> list[Sequence[int]]:
     return [ids[start : start + PREFILL_CHUNK] for start in range(0, len(ids), PREFILL_CHUNK)]
 
 
-def _verify_small_files(bundle: Bundle) -> list[str]:
-    """Check what is small now; the names of the rest."""
+def _verify_small_files(bundle: Bundle) -> dict[str, list[str]]:
+    """Check what is small now; the names of the rest, by the graph whose opening they wait for."""
     if bundle.manifest is None:
-        return []
+        return {}
     files = bundle.manifest["files"]
     large = [name for name, entry in files.items() if entry["size"] > _VERIFY_FIRST]
     verify(bundle, names=[name for name in files if name not in large])
-    return large
+    later = [name for name in large if name in _PREFILL_FILES]
+    return {GRAPH: [name for name in large if name not in later], PREFILL: later}

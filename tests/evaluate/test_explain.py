@@ -21,7 +21,7 @@ from gptedge.evaluate import explain_bundle, explain_checkpoint
 from gptedge.evaluate.explain import Explanation, explain, gaze, too_many_weights, visible
 from gptedge.evaluate.explain_terminal import print_explanation
 from gptedge.export.exporter import export
-from gptedge.model import load
+from gptedge.loading import load
 from gptedge.train.model import GPT, attend, attention_weights
 from tests.export.test_decoder import ids_of, random_model
 from tests.export.test_portable import CHOSEN

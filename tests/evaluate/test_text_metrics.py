@@ -12,7 +12,8 @@ from rouge_score import rouge_scorer
 from gptedge.cli import main
 from gptedge.errors import DataError
 from gptedge.evaluate.text_metrics import Pair, compare, read_pairs, replies
-from gptedge.model import Model, load
+from gptedge.loading import load
+from gptedge.model import Model
 
 PREDICTIONS = ["The cat sat on the mat today.", "A quick brown fox jumps.", "Nothing in common"]
 REFERENCES = ["The cat sat on the mat.", "The quick brown fox jumps over it.", "entirely other words"]

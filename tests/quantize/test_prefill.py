@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from onnx import TensorProto, helper
 
 from gptedge import load
 from gptedge.bundle import PREFILL, PREFILL_DATA, open_bundle
-from gptedge.errors import UsageError
+from gptedge.errors import BundleError, UsageError
 from gptedge.evaluate.divergence import evaluate
 from gptedge.onnx_file import IR_VERSION, OPSETS, load_graph
 from gptedge.quantize.prefill import constants, integer_product
@@ -85,6 +86,39 @@ def test_when_it_is_used(prompted: Path) -> None:
     assert "_prompt_graph" not in vars(session)
     assert difference(session, PREFILL_AT_LEAST + 1) > 0
     assert difference(session, PREFILL_CHUNK + 2) > 0
+
+
+def test_opened_ahead_it_is_the_same(prompted: Path, tiny_bundle: Path) -> None:
+    """While the other graph opens; a bundle without it, or one that is closed meanwhile, minds nothing."""
+    later, ahead = (Session(open_bundle(prompted), threads=1, long_prompts=long) for long in (False, True))
+    assert later._ahead is None
+    ids = random_ids(ahead, LONG)
+    logits = [session.prefill(ids, session.new_cache()) for session in (later, ahead)]
+    np.testing.assert_array_equal(*logits)
+    assert ahead._ahead is not None
+    assert ahead._prompt_graph is ahead._ahead.result()[0]
+    without = Session(open_bundle(tiny_bundle), threads=1, long_prompts=True)
+    assert without._ahead is without._prompt_graph is None
+    Session(open_bundle(prompted), threads=1, long_prompts=True).close()
+
+
+@pytest.mark.parametrize("long_prompts", [False, True])
+def test_its_weights_are_verified_before_their_first_use(
+    prompted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, long_prompts: bool
+) -> None:
+    """Every time they are asked for, and no sooner: short prompts do without them."""
+    folder = shutil.copytree(prompted, tmp_path / "bundle")
+    data = bytearray((folder / PREFILL_DATA).read_bytes())
+    data[len(data) // 2] ^= 1
+    (folder / PREFILL_DATA).write_bytes(data)
+    with pytest.raises(BundleError, match=PREFILL_DATA):  # a small one, at once
+        Session(open_bundle(folder), threads=1)
+    monkeypatch.setattr("gptedge.runtime.session._VERIFY_FIRST", 1)
+    session = Session(open_bundle(folder), threads=1, long_prompts=long_prompts)
+    session.prefill(random_ids(session, 8), session.new_cache())
+    for _ in range(2):
+        with pytest.raises(BundleError, match=f"{PREFILL_DATA} is not the file"):
+            session.prefill(random_ids(session, LONG), session.new_cache())
 
 
 def test_the_last_token_is_the_own_graphs(prompted: Path) -> None:

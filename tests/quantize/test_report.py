@@ -15,7 +15,7 @@ import pytest
 from gptedge.bundle import open_bundle
 from gptedge.errors import BundleError, DataError, UsageError
 from gptedge.evaluate.divergence import score
-from gptedge.model import load
+from gptedge.loading import load
 from gptedge.quantize.quantizer import quantize
 from gptedge.quantize.report import (
     ReportData,

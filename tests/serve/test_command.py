@@ -23,13 +23,13 @@ from gptedge.serve.server import bind
 # The command with its bundle replaced by the model of conftest.py.
 _SCRIPT = """
 import runpy, sys, pathlib
-import gptedge.model
+import gptedge.loading
 fakes = runpy.run_path(sys.argv[1])
 def load(bundle, **options):
     model = fakes["fake_model"](pathlib.Path(bundle))
     model.session.delay_s = 0.01
     return model
-gptedge.model.load = load
+gptedge.loading.load = load
 from gptedge.cli import main
 sys.exit(main(["serve", *sys.argv[2:]]))
 """

@@ -12,7 +12,7 @@ from gptedge.checkpoint import open_checkpoint
 from gptedge.errors import UsageError
 from gptedge.evaluate.divergence import Evaluation, score, summarize
 from gptedge.export.exporter import export
-from gptedge.model import load
+from gptedge.loading import load
 from gptedge.quantize.quantizer import quantize
 from gptedge.train.config import TrainConfig
 from gptedge.train.run import run_training
