@@ -25,11 +25,11 @@ check: $(VENV)/.dev
 	ln -s $(CURDIR)/export $(CURDIR)/quantize $(CURDIR)/tui build/types/gptedge/
 	MYPYPATH=build/types $(BIN)/mypy -p gptedge
 
-# Side by side with peers, which get environments of their own: best on an idle machine. The first needs `make demo`.
+# Side by side with peers, which get environments of their own: best on an idle machine.
 bench: bench-speed bench-export bench-quality
 
 bench-speed: $(VENV)/.dev
-	$(BIN)/python benchmarks/speed.py demo/smollm2-int4
+	$(BIN)/python benchmarks/speed.py
 
 bench-export: $(VENV)/.dev
 	$(BIN)/python benchmarks/export.py

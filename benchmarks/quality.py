@@ -1,12 +1,14 @@
 """What quantizing costs, for gptedge and its peers: one model, the same tokens, size against divergence.
 
     python benchmarks/quality.py [--windows 16] [--recipes int8,int4-rtn] [--peers genai,llama-cpp] [--write]
+                                 [--bundle FOLDER]
 
 Makes the reference (reference_model.py), quantizes it with every recipe of gptedge, onnxruntime-genai's builder and
 llama.cpp, scores each against the fp32 model (scoring.py) on Python's language reference, and prints a table. Recipes
 that learn from text get the standard library's docstrings, which lie near that reference; --calibration names another.
 --write puts the table into README.md and README.zh-CN.md, and the plot into docs/quality.svg. A recipe may carry
-options of `gptedge quantize`: --recipes "int8,mixed --target-mb 105".
+options of `gptedge quantize`: --recipes "int8,mixed --target-mb 105". --bundle scores one that was made before, from the
+same reference and calibration text: int4-distill, which takes an hour.
 
 Quantizing is timed as the tools are used: gptedge's command from an fp32 bundle, genai's builder from the checkpoint
 (it exports and quantizes in one), llama.cpp's call from an fp32 GGUF file, without an importance matrix.
@@ -36,6 +38,7 @@ import peers
 import reference_model
 import scoring
 
+from gptedge.bundle import open_bundle
 from gptedge.errors import GptEdgeError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -87,7 +90,8 @@ class Row:
     name: str
     kind: int
     size_mb: float
-    seconds: float
+    seconds: float | None
+    """None where it was made before."""
     score: scoring.Score
 
 
@@ -106,7 +110,7 @@ class Bench:
     """Text for those of our recipes that learn from some."""
     threads: int
 
-    def row(self, name: str, kind: int, made: Path, seconds: float, logits: Iterator[scoring.Floats]) -> Row:
+    def row(self, name: str, kind: int, made: Path, seconds: float | None, logits: Iterator[scoring.Floats]) -> Row:
         score = scoring.score(self.windows, logits, np.load(self.reference, mmap_mode="r"))
         return Row(name, kind, scoring.size_mb(made), seconds, score)
 
@@ -178,6 +182,10 @@ def gptedge_row(bench: Bench, name: str, options: Sequence[str]) -> Row:
     return bench.row(name, 0, out, seconds, scoring.graph_logits(out, bench.windows, bench.threads))
 
 
+def bundle_row(bench: Bench, name: str, bundle: Path) -> Row:
+    return bench.row(name, 0, bundle, None, scoring.graph_logits(bundle, bench.windows, bench.threads))
+
+
 def genai_row(bench: Bench, name: str, options: Sequence[str]) -> Row:
     out, cache = bench.work / "quantized", bench.work / "cache"
     precision, *extra = options
@@ -210,13 +218,16 @@ def check_gguf(bench: Bench) -> None:
         raise peers.PeerError(f"the fp32 GGUF file has KL {kl:.2g} from the fp32 bundle; at most {_SAME_MODEL_KL:g}")
 
 
-def rows(bench: Bench, recipes: Sequence[str], tools: Sequence[str]) -> Iterator[Row]:
+def rows(bench: Bench, recipes: Sequence[str], tools: Sequence[str], bundles: Sequence[Path] = ()) -> Iterator[Row]:
     """A row for everything that works; what does not is named on stderr."""
     jobs: list[tuple[str, Callable[[], Row | None]]] = [
         (name, partial(gptedge_row, bench, name, ["--recipe", *shlex.split(recipe)]))
         for recipe in recipes
         for name in [f"gptedge {recipe}"]
     ]
+    for folder in bundles:
+        name = f"gptedge {open_bundle(folder).recipe}"
+        jobs.append((name, partial(bundle_row, bench, name, folder)))
     if "genai" in tools:
         jobs += [(name, partial(genai_row, bench, name, options)) for name, options in GENAI.items()]
     if "llama-cpp" in tools:
@@ -226,7 +237,8 @@ def rows(bench: Bench, recipes: Sequence[str], tools: Sequence[str]) -> Iterator
         print(f"{name} …", file=sys.stderr, flush=True)
         try:
             if row := job():
-                print(f"{name}: KL {row.score.kl:.4f}, made in {row.seconds:.0f} s", file=sys.stderr, flush=True)
+                made = "" if row.seconds is None else f", made in {row.seconds:.0f} s"
+                print(f"{name}: KL {row.score.kl:.4f}{made}", file=sys.stderr, flush=True)
                 yield row
         except peers.PeerError as e:
             print(f"{name} is left out: {e}", file=sys.stderr)
@@ -287,6 +299,7 @@ def arguments() -> argparse.Namespace:
         if not r.distill_steps  # which takes hours
     )
     parser.add_argument("--recipes", default=recipes, help="default: all of %(default)s")
+    parser.add_argument("--bundle", type=Path, action="append", default=[], help="score this one too; may be repeated")
     parser.add_argument("--calibration", type=Path, help="text; default: the standard library's docstrings")
     parser.add_argument("--peers", default=",".join(PEERS), help="default: %(default)s; none of them: ''")
     parser.add_argument("--threads", type=int, default=2)
@@ -308,9 +321,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="gptedge-quality-", dir=a.work) as work:
         try:
             bench = prepare(Path(work), a.seed, a.windows, a.calibration, a.threads)
+            found = list(rows(bench, a.recipes, a.peers, a.bundle))
         except (GptEdgeError, peers.PeerError) as e:
             sys.exit(str(e))
-        found = list(rows(bench, a.recipes, a.peers))
     if not found:
         sys.exit("nothing worked, so there is no table")
     print(f"{found[0].score.positions} positions, seed {a.seed}, {a.threads} threads\n")
