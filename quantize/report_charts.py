@@ -10,7 +10,8 @@ from html import escape
 
 HEIGHT = 300  # pixels of the area that is drawn on
 _LARGEST = 24.0  # pixels, the radius of the fastest bundle
-_LABEL_GAP = 38.0  # pixels between labels that stand one above the other
+_LABEL_GAP = 38.0  # pixels between labels of two lines that stand one above the other
+_NAME_GAP = 18.0  # pixels between names of curves
 
 
 @dataclass(frozen=True)
@@ -61,15 +62,15 @@ def _circle(point: Point, x: float, y: float, radius: float, label_y: float) -> 
     )
 
 
-def _spread(places: Sequence[tuple[float, float]]) -> list[float]:
-    """Heights of the labels' first lines: beside their circles, or lower where another label is already there."""
+def _spread(places: Sequence[tuple[float, float]], gap: float = _LABEL_GAP) -> list[float]:
+    """Heights of the labels' first lines: beside their points, or lower where another label is already there."""
     heights = [0.0] * len(places)
     done: list[tuple[float, float]] = []
     for i in sorted(range(len(places)), key=lambda i: places[i][1]):
         x, y = places[i]
         for other_x, other_y in done:
-            if abs(x - other_x) < 45 and abs(y - other_y) < _LABEL_GAP:
-                y = other_y + _LABEL_GAP
+            if abs(x - other_x) < 45 and abs(y - other_y) < gap:
+                y = other_y + gap
         done.append((x, y))
         heights[i] = y - 2
     return heights
@@ -94,7 +95,8 @@ def curve(
 
     parts = [_horizontal(at(left, t)[1], f"{t:g}") for t in ticks(top, bottom)]
     parts += [_vertical(at(t, top)[0], f"{t:g}", height) for t in ticks(right, left)]
-    for name, colour, points in lines:
+    heights = _spread([at(*points[-1]) for _, _, points in lines], _NAME_GAP)
+    for (name, colour, points), name_y in zip(lines, heights, strict=True):
         places = [at(x, y) for x, y in points]
         path = " ".join(f"{x:.2f},{y:.1f}" for x, y in places)
         parts.append(
@@ -103,10 +105,9 @@ def curve(
         )
         if len(places) < 12:
             parts += [f'<circle class="{colour}" cx="{x:.2f}%" cy="{y:.1f}" r="4"/>' for x, y in places]
-        end_x, end_y = places[-1]
         parts.append(
-            f'<text class="name" x="{end_x:.2f}%" y="{end_y:.1f}" dx="-8" dy="-10" text-anchor="end">{escape(name)}'
-            "</text>"
+            f'<text class="name" x="{places[-1][0]:.2f}%" y="{name_y:.1f}" dx="-8" dy="-8" text-anchor="end">'
+            f"{escape(name)}</text>"
         )
     return _frame("".join(parts), title, description, "step", y_label, height)
 

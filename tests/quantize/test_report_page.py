@@ -146,6 +146,13 @@ def test_logarithmic_ticks(low: float, high: float) -> None:
     assert all(low <= t <= high for t in got)
 
 
+def test_names_of_curves_that_end_together_stand_apart() -> None:
+    ends = [("loss", "s0", [(1, 4.0), (9, 2.0)]), ("held out", "s1", [(1, 4.1), (9, 2.01)])]
+    made = curve(ends, title="", description="", y_label="")
+    first, second = (float(y) for y in re.findall(r'class="name" x="[^"]*" y="([^"]*)"', made))
+    assert abs(first - second) >= 16, "letters are 16 pixels high"
+
+
 def test_charts_of_little_or_equal_data() -> None:
     same = [Point(n, "note", 5.0, y, 0.0, "s0") for n, y in (("a", None), ("b", 0.1), ("c", 0.1))]
     labels = re.findall(r'<text x="[\d.]+%" y="([\d.]+)" [^>]*class="name"', scatter(same, **dict.fromkeys(
