@@ -7,8 +7,8 @@ Makes the reference (reference_model.py), quantizes it with every recipe of gpte
 llama.cpp, scores each against the fp32 model (scoring.py) on Python's language reference, and prints a table. Recipes
 that learn from text get the standard library's docstrings, which lie near that reference; --calibration names another.
 --write puts the table into README.md and README.zh-CN.md, and the plot into docs/quality.svg. A recipe may carry
-options of `gptedge quantize`: --recipes "int8,mixed --target-mb 105". --bundle scores one that was made before, from the
-same reference and calibration text: int4-distill, which takes an hour.
+options of `gptedge quantize`: --recipes "int8,mixed --target-mb 105". --bundle scores one that was made before, from
+the same reference and calibration text: int4-distill, which takes an hour.
 
 Quantizing is timed as the tools are used: gptedge's command from an fp32 bundle, genai's builder from the checkpoint
 (it exports and quantizes in one), llama.cpp's call from an fp32 GGUF file, without an importance matrix.
