@@ -103,7 +103,7 @@ RECIPES: Mapping[str, Recipe] = {
         (*_SMOOTH_TABLES, Group("*", _INT4, "gptq", equalize=True)),
     ),
     "int4-distill": Recipe(
-        "int4, then its integers, scales and norms trained on what the float model answers; needs torch, and hours",
+        "int4, then its integers, scales and norms trained on what the float model answers; needs torch, and an hour",
         (*_SMOOTH_TABLES, Group("*", _INT4, "gptq", equalize=True)),
         distill_steps=400,
     ),

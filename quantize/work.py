@@ -1,4 +1,4 @@
-"""Where a recipe that takes hours keeps what it goes on from when it was stopped.
+"""Where a recipe that takes long keeps what it goes on from when it was stopped.
 
     .OUT.distill-KEY/start/         the graph as rounding left it
     .OUT.distill-KEY/windows.npy    the text, as token ids

@@ -34,7 +34,7 @@ def test_our_runner(tiny_bundle: Path) -> None:
 def test_a_runner_that_fails_says_why(tmp_path: Path) -> None:
     tool = speed.Tool("gptedge_runner.py", speed.ours, lambda work: work)
     with pytest.raises(peers.PeerError, match="does not exist"):
-        speed.one_run(tool, {"model": str(tmp_path / "nothing"), "threads": 1})
+        speed.one_run(tool, {"model": str(tmp_path / "nothing"), "prompt": [1], "threads": 1})
 
 
 def test_table_has_medians_and_ratios() -> None:

@@ -187,6 +187,7 @@ def test_the_app_imports_no_onnxruntime_and_the_verb_nothing_heavy() -> None:
 
 def test_without_textual_the_way_out_is_named(monkeypatch: Any) -> None:
     from gptedge.cli import chat
+    from gptedge.cli.common import Loading
     from gptedge.errors import MissingExtraError
 
     monkeypatch.setitem(sys.modules, "textual", None)
@@ -195,5 +196,6 @@ def test_without_textual_the_way_out_is_named(monkeypatch: Any) -> None:
     monkeypatch.setattr(colours.BackgroundQuery, "ask", lambda self: None)
     from gptedge.config import SamplingParams
 
+    loading = Loading(threads=None, profile=None, tune=True, provider=None, adapter=None)
     with pytest.raises(MissingExtraError, match=r"gptedge\[tui\], or use --plain"):
-        chat._app(Path("x"), None, None, SamplingParams(), None, None)
+        chat._app(Path("x"), None, None, SamplingParams(), loading)
