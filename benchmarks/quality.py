@@ -73,13 +73,13 @@ PAGES = {
     "README.md": Page(
         ("", "MB", "perplexity", "KL", "same top token"),
         "One model, the same tokens ({positions:,} positions), run by onnxruntime or llama.cpp; nearest to fp32 first. "
-        "Judged on Python's language reference; `int8`, `int4` and `mixed` saw the standard library's docstrings "
+        "Judged on Python's language reference; what learns from data saw the standard library's docstrings "
         "before, llama.cpp had no importance matrix. `make bench-quality` measures it anew.",
     ),
     "README.zh-CN.md": Page(
         ("", "MB", "困惑度", "KL", "首选 token 相同"),
         "同一个模型、同样的 token（{positions:,} 个位置），由 onnxruntime 或 llama.cpp 运行；越靠前越接近 fp32。"
-        "在 Python 语言参考上评测；`int8`、`int4` 和 `mixed` 事先见过标准库的文档字符串，llama.cpp 没有用重要性矩阵。"
+        "在 Python 语言参考上评测；需要数据的配方事先见过标准库的文档字符串，llama.cpp 没有用重要性矩阵。"
         "用 `make bench-quality` 可重新测量。",
     ),
 }
