@@ -4,9 +4,10 @@ Neither keeps a KV cache between calls of `generate`, so a second turn prefills 
 """
 
 import json
-import resource
 import sys
 import time
+
+from memory import peak_mb
 
 work = json.load(sys.stdin)
 begin = time.perf_counter()
@@ -55,5 +56,4 @@ def turn(prompt: list[int], new: int) -> tuple[list[int], float, float]:
 tokens, first_s, rest_s = turn(work["prompt"], work["new"])
 first_at = time.time() - rest_s
 second_s = turn([*work["prompt"], *tokens, *work["second"]], 1)[1] if work["second"] else None
-peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-print(json.dumps([loaded - begin, first_s, rest_s, tokens, first_at, second_s, peak_mb]))
+print(json.dumps([loaded - begin, first_s, rest_s, tokens, first_at, second_s, peak_mb()]))
