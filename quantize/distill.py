@@ -31,7 +31,7 @@ from gptedge.quantize.torch_graph import TorchGraph
 from gptedge.quantize.work import START
 from gptedge.runtime.session import Session
 from gptedge.train.parts import keep_freed_memory
-from gptedge.train.state import State, latest_state, load_state, save_state
+from gptedge.train.state import State, load_state, save_state
 
 OWN_WINDOWS = 64
 """Windows where the model writes its own text: all are written side by side, and each takes memory."""
@@ -163,11 +163,11 @@ class _Run:
 
     def _resume(self) -> None:
         """Go on from the latest state; from the beginning where there is none that is whole."""
-        if latest_state(self.folder) is None:
-            return
         try:
             state = load_state(self.folder, lambda _: None)
         except CheckpointError:
+            return
+        if state is None:
             return
         self.step = state["step"]
         self.student.load_state_dict(state["student"], strict=False)

@@ -1,4 +1,4 @@
-"""Peak resident memory of this process, in an environment that has no gptedge."""
+"""Peak resident memory of this process, for runners whose environments have no gptedge."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from gptedge.files import new_folder, write_json
 from gptedge.lora_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from gptedge.train.settings import RESUMABLE_CHANGES, LoopConfig
 from gptedge.train.state import discard_after, load_state
-from gptedge.train.trainer import Trainer
+from gptedge.train.trainer import Trainer, cut_metrics
 
 STATE, METRICS, RUN = "state", "metrics.jsonl", "run.json"
 
@@ -81,11 +81,16 @@ def check_same_run(out: Path, config: LoopConfig, identity: Mapping[str, str]) -
 
 
 def resume_trainer(trainer: Trainer, out: Path, on_message: OnMessage) -> None:
-    """Go on from the latest state that is whole."""
-    trainer.restore(load_state(out / STATE, on_message))
+    """Go on from the latest state that is whole; from the beginning when the run ended before it saved its first."""
+    state = load_state(out / STATE, on_message)
+    if state is not None:
+        trainer.restore(state)
+        on_message(f"resuming after step {trainer.step:,}")
+    else:
+        on_message("the run had saved no state yet: beginning again at its first step")
     if trainer.processes.leads:
+        cut_metrics(out / METRICS, trainer.step)
         discard_after(out / STATE, trainer.step)
-    on_message(f"resuming after step {trainer.step:,}")
 
 
 def precision_line(trainer: Trainer) -> str:

@@ -44,8 +44,11 @@ def load_best(folder: Path) -> State | None:
     return _read(folder / _BEST)
 
 
-def load_state(folder: Path, on_message: Callable[[str], None]) -> State:
-    """The latest state that is whole; says which it passed over. Raises CheckpointError when there is none."""
+def load_state(folder: Path, on_message: Callable[[str], None]) -> State | None:
+    """The latest state that is whole, or None where none was saved; says which it passed over.
+
+    Raises CheckpointError when all are damaged.
+    """
     damaged: list[Path] = []
     for path in reversed(_states(folder)):
         state = _read(path)
@@ -54,8 +57,11 @@ def load_state(folder: Path, on_message: Callable[[str], None]) -> State:
                 on_message(f"{', '.join(p.name for p in damaged)} is damaged; resuming from {path.name} instead")
             return state
         damaged.append(path)
-    found = f"all {len(damaged)} states are damaged" if damaged else "there is no state"
-    raise CheckpointError(f"cannot resume: {found} in {folder}; start again without --resume")
+    if damaged:
+        raise CheckpointError(
+            f"cannot resume: all {len(damaged)} states are damaged in {folder}; start again without --resume"
+        )
+    return None
 
 
 def discard_after(folder: Path, step: int) -> None:

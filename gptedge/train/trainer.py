@@ -231,7 +231,7 @@ class Trainer:
         }
 
     def restore(self, state: State) -> None:
-        """Continue from a state of the same run; later lines of the metrics are removed."""
+        """Continue from a state of the same run."""
         try:
             load_trained_state(self.model, state["model"])
             self.optimizer.load_state_dict(optimizer_state_like(self.optimizer, state["optimizer"]))
@@ -243,8 +243,6 @@ class Trainer:
         except (KeyError, RuntimeError, TypeError, ValueError) as e:
             reason = str(e).partition("\n")[0]
             raise CheckpointError(f"the state in {self.folder} is not of this run: {reason}") from None
-        if self.processes.leads:
-            _cut_metrics(self.metrics, self.step)
 
 
 _COUNTS = ("step", "tokens_seen", "elapsed_s", "loss", "val_loss", "precision", "best_val_loss", "best_step", "waited")
@@ -266,7 +264,7 @@ def _stops(on_step: OnStep, report: StepReport) -> bool:
     return False
 
 
-def _cut_metrics(path: Path, step: int) -> None:
+def cut_metrics(path: Path, step: int) -> None:
     """Keep the lines up to `step`; a run that was killed may have left more, and half a line."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:step] if path.exists() else []
     with new_file(path) as work:

@@ -12,7 +12,8 @@ import gptedge
 from gptedge.bundle import open_bundle
 from gptedge.errors import UsageError
 from gptedge.runtime import tuning
-from gptedge.runtime.session import Session
+from gptedge.runtime.kv_cache import KVCache
+from gptedge.runtime.session import Logits, Session
 from gptedge.runtime.tuning import Trial, choose_threads, fastest, fewer, keep, tune
 from tests.cli.run import run, run_json
 from tests.conftest import prepared_prompts
@@ -58,8 +59,8 @@ def test_other_numbers_are_noticed(tiny_bundle: Path, monkeypatch: pytest.Monkey
     """An error of one step's last bits is enough."""
     session, whole = Session(open_bundle(tiny_bundle), threads=2), Session.run
 
-    def off(self: Session, ids: list[int], cache: object) -> np.ndarray:
-        return whole(self, ids, cache) * np.float32(1 + 1e-6 * (self.threads == 1 and len(ids) == 1))  # type: ignore[arg-type]
+    def off(self: Session, ids: list[int], cache: KVCache) -> Logits:
+        return whole(self, ids, cache) * np.float32(1 + 1e-6 * (self.threads == 1 and len(ids) == 1))
 
     monkeypatch.setattr(Session, "run", off)
     assert [trial.equal for trial in tune(session, load_s=0.0)] == [False]

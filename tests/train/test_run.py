@@ -175,15 +175,23 @@ def test_a_state_that_would_run_code_is_not_read(texts: Path, tiny: TrainConfig,
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize(("missing", "message"), [("run.json", "holds no run"), ("step-*.pt", "there is no state")])
-def test_resuming_without_a_state_is_refused(
-    missing: str, message: str, texts: Path, tiny: TrainConfig, tmp_path: Path
-) -> None:
+def test_resuming_what_is_no_run_is_refused(texts: Path, tiny: TrainConfig, tmp_path: Path) -> None:
     crash(texts, tmp_path / "m", tiny)
-    for file in (tmp_path / "m" / "state").glob(missing):
-        file.unlink()
-    with pytest.raises(CheckpointError, match=f"cannot resume: .*{message}"):
+    (tmp_path / "m" / "state" / "run.json").unlink()
+    with pytest.raises(CheckpointError, match=r"cannot resume: .*holds no run"):
         run_training([texts], tmp_path / "m", config=tiny, resume=True)
+
+
+def test_a_run_that_ended_before_its_first_state_begins_again(
+    whole: Path, texts: Path, tiny: TrainConfig, tmp_path: Path
+) -> None:
+    """What it had logged goes, or its steps would stand in the metrics twice."""
+    messages: list[str] = []
+    with pytest.raises(Crash):
+        run_training([texts], tmp_path / "m", config=tiny, on_step=crash_at(3))
+    run_training([texts], tmp_path / "m", config=tiny, resume=True, on_message=messages.append)
+    assert "the run had saved no state yet: beginning again at its first step" in messages
+    assert outcome(tmp_path / "m") == outcome(whole)
 
 
 def test_a_finished_run_can_be_taken_further(whole: Path, texts: Path, tiny: TrainConfig, tmp_path: Path) -> None:
