@@ -87,16 +87,24 @@ def load_graph(path: Path) -> onnx.ModelProto:
         raise BundleError(f"{path} is not an ONNX file ({type(e).__name__})") from None
 
 
+def offset_of(tensor: TensorProto) -> int:
+    """Where an initializer's bytes begin in its data file; 0 for one inside the .onnx file."""
+    return int(_place(tensor).get("offset", 0))
+
+
+def _place(tensor: TensorProto) -> dict[str, str]:
+    return {entry.key: entry.value for entry in tensor.external_data}
+
+
 def read_initializer(tensor: TensorProto, folder: Path) -> _Array:
     """A weight as an array; external ones are a read-only view of the mapped file."""
     if tensor.data_location != TensorProto.EXTERNAL:
         return onnx.numpy_helper.to_array(tensor)
-    place = {entry.key: entry.value for entry in tensor.external_data}
-    location = place.get("location", "")
+    location = _place(tensor).get("location", "")
     if Path(location).name != location:
         raise BundleError(f"{tensor.name}: external data {location!r} lies outside the bundle")
     dtype, shape = helper.tensor_dtype_to_np_dtype(tensor.data_type), tuple(tensor.dims)
-    path, offset = Path(folder) / location, int(place.get("offset", 0))
+    path, offset = Path(folder) / location, offset_of(tensor)
     size = int(np.prod(shape)) * dtype.itemsize
     if not path.is_file() or path.stat().st_size < offset + size:
         raise BundleError(f"{path} is missing or cut short: {tensor.name} ends at byte {offset + size}")

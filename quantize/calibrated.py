@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Executor
 from typing import Any
 
@@ -24,12 +24,24 @@ class Calibrator:
     """Two walks side by side: through the float graph, and through the graph as quantized so far."""
 
     def __init__(
-        self, model: onnx.ModelProto, read: Read, windows: npt.NDArray[np.int64], *, threads: int, pool: Executor
+        self,
+        model: onnx.ModelProto,
+        read: Read,
+        windows: npt.NDArray[np.int64],
+        *,
+        token_weights: Mapping[str, FloatArray],
+        threads: int,
+        pool: Executor,
     ) -> None:
-        """`windows` are token ids [n_windows, T]; `read` gives an initializer's values."""
+        """`windows` are token ids [n_windows, T]; `read` gives an initializer's values.
+
+        `token_weights` [n_windows, T] say, by name of a product's node, how much each token counts there; where there
+        are none, all count alike.
+        """
         self._float = Walk(model, read, windows, threads=threads)
         self._quantized = Walk(model, read, windows, threads=threads)
         self._nodes = {node.name: node for node in model.graph.node}
+        self._token_weights = token_weights
         self._pool = pool
         self.output_errors: dict[str, float] = {}
         """By weight: what rounding it changes of its product's outputs on the text, ||X (W - Q)'|| / ||X W'||."""
@@ -57,9 +69,13 @@ class Calibrator:
             self._quantized.replace(node, nodes, initializers)
 
     def _moments(self, node: str, width: int) -> tuple[FloatArray, FloatArray]:
-        """X'X and (X0 - X)'X of the quantized and the float inputs X and X0, [width, width]."""
+        """X'X and (X0 - X)'X of the quantized and the float inputs X and X0, tokens weighed, [width, width]."""
         h, cross = np.zeros((width, width), np.float32), np.zeros((width, width), np.float32)
+        at = 0
         for x, x0 in zip(self._quantized.inputs_of(node), self._float.inputs_of(node), strict=True):
+            if node in self._token_weights:
+                root = np.sqrt(self._token_weights[node].reshape(-1, 1)[at : at + len(x)])
+                x, x0, at = x * root, x0 * root, at + len(x)
             h += x.T @ x
             cross += (x0 - x).T @ x
         if not (np.isfinite(h).all() and np.isfinite(cross).all()):

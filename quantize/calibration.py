@@ -17,8 +17,8 @@ from gptedge.tokenizer import Tokenizer
 
 WINDOW = 512
 """Tokens of a window, or the model's context where that is shorter."""
-WINDOWS = 32
-"""Windows that products are calibrated on: 16k tokens."""
+OWN_WINDOWS = 64
+"""Windows that the model writes itself, at most: all are written side by side, and each takes memory."""
 
 Windows = npt.NDArray[np.int64]
 

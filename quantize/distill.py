@@ -33,8 +33,6 @@ from gptedge.runtime.session import Session
 from gptedge.train.parts import keep_freed_memory
 from gptedge.train.state import State, load_state, save_state
 
-OWN_WINDOWS = 64
-"""Windows where the model writes its own text: all are written side by side, and each takes memory."""
 HELD_OUT = 2
 """Further windows that are not trained on: the divergence there is reported."""
 RATES = {"latent": 0.01, "change": 3e-4, "part": 1e-3}

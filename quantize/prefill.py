@@ -2,7 +2,7 @@
 
 Products of integers overtake MatMulNBits from a few rows on. So `prefill.onnx` runs all of a prompt but its last token,
 and gives keys and values alone; the last token goes through the bundle's own graph, which therefore makes every logit.
-Everything but the layers' products is the bundle's, the table's bytes included, which both graphs read from one file.
+The table is the bundle's, whose bytes both graphs read from one file; gains and biases are the float model's.
 
 A weight has one scale for each output channel, an activation one for each token (as in SmoothQuant, arXiv:2211.10438).
 Both are unsigned around 128: processors without VNNI add products of unsigned and signed bytes in saturating 16 bits,
@@ -55,7 +55,9 @@ def write_prefill(
     graph = onnx.ModelProto()
     graph.CopyFrom(model)
     with WeightFile(folder / PREFILL_DATA) as file:
-        made = [file.add(name, [smoothing.read(initializers[name])]) for name in sorted(smoothing.changed(targets))]
+        vectors = {t.name for t in source.graph.initializer if len(t.dims) == 1}  # of which training may change some
+        own = sorted(smoothing.changed(targets) | vectors)
+        made = [file.add(name, [smoothing.read(initializers[name])]) for name in own]
         for target in targets:
             made += _integers(target, smoothing.read(initializers[target.weight]), file)
     _replace(graph.graph, targets, {t.name: t for t in (*made, *constants())})

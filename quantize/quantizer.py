@@ -34,7 +34,7 @@ from gptedge.bundle import (
 from gptedge.errors import BundleError, MissingExtraError, UsageError
 from gptedge.files import check_destination, new_file, new_folder, sha256
 from gptedge.measure import peak_rss_mb
-from gptedge.onnx_file import PAGE, WeightFile, load_graph, read_initializer, save_graph
+from gptedge.onnx_file import PAGE, WeightFile, load_graph, offset_of, read_initializer, save_graph
 from gptedge.progress import Report, silent
 from gptedge.quantize import calibration as calibration_text
 from gptedge.quantize import mixed, smooth
@@ -104,8 +104,6 @@ def quantize(
     for option, value, known in (("prefill", prefill, PREFILLS), ("kv", kv, CACHES)):
         if value is not None and value not in known:
             raise UsageError(f"{option} is {value!r}; it must be one of {', '.join(known)}")
-    if prefill and rows.distill_steps:
-        raise UsageError(f"recipe {name} takes no prefill graph (--prefill); its weights change after calibration")
     bundle = open_bundle(Path(source))
     _check_source(bundle)
     check_destination(out, force=force)
@@ -152,6 +150,10 @@ def _check_source(bundle: Bundle) -> None:
         )
 
 
+def _needs_torch(missing: ModuleNotFoundError) -> MissingExtraError:
+    return MissingExtraError(f"{missing.name} is not installed, which this needs; install gptedge[train]")
+
+
 @dataclass(frozen=True)
 class _Job:
     bundle: Bundle
@@ -170,9 +172,10 @@ class _Job:
 
     def _rounding_windows(self, calibration: Path | None) -> Windows | None:
         """The text that rounding, and what comes with it, needs."""
-        text = calibration_text if self.recipe.uses("gptq") else smooth
-        needed = self.recipe.uses("gptq") or self.recipe.smooths or self.prefill or self.kv
-        return self._windows(calibration, text.WINDOWS, text.WINDOW) if needed else None
+        if self.recipe.uses("gptq"):
+            return self._windows(calibration, self.recipe.calibration_windows, calibration_text.WINDOW)
+        needed = self.recipe.smooths or self.prefill or self.kv
+        return self._windows(calibration, smooth.WINDOWS, smooth.WINDOW) if needed else None
 
     def distilled(self, out: Path, calibration: Path | None) -> Callable[[Path], Facts]:
         """Round and train beside `out`, or go on with what was begun there; what then writes the graph into a folder.
@@ -182,19 +185,18 @@ class _Job:
         try:
             from gptedge.quantize import distill
         except ModuleNotFoundError as e:
-            raise MissingExtraError(f"{e.name} is not installed, which this needs; install gptedge[train]") from None
+            raise _needs_torch(e) from None
         assert self.bundle.manifest is not None
         weights = [entry["sha256"] for entry in self.bundle.manifest["files"].values()]
         text = sha256(calibration) if calibration else None
-        work = work_folder(out, weights, self.recipe, text, self.seed)
+        work = work_folder(out, weights, self.recipe, text, self.seed, self.prefill)
         work.mkdir(parents=True, exist_ok=True)
         start, windows = work / START, work / "windows.npy"
         if not start.is_dir():
             with new_folder(start) as folder:
                 self.write_graph(folder, self._rounding_windows(calibration))
         if not windows.is_file():
-            count = self.recipe.distill_steps + distill.HELD_OUT if calibration else distill.OWN_WINDOWS
-            drawn = self._windows(calibration, count, calibration_text.WINDOW)
+            drawn = self._windows(calibration, self.recipe.distill_steps + distill.HELD_OUT, calibration_text.WINDOW)
             with new_file(windows) as path, path.open("wb") as file:
                 np.save(file, drawn)
         text_ids = np.load(windows)
@@ -214,6 +216,7 @@ class _Job:
         length = min(length, int(self.bundle.genai_config["model"]["context_length"]))
         if calibration:
             return text_windows(calibration, self.bundle, count, length, seed=self.seed)
+        count = min(count, calibration_text.OWN_WINDOWS)
         return own_windows(self.bundle, count, length, threads=self.threads, seed=self.seed, report=self.report)
 
     def write_graphs(self, folder: Path, write: Callable[[Path], Facts], windows: Windows | None) -> Facts:
@@ -242,7 +245,8 @@ class _Job:
             source = copy.deepcopy(model)
             calibrator = None
             if windows is not None and any(t.group.method == "gptq" for t in targets):
-                calibrator = Calibrator(model, read, windows, threads=self.threads, pool=pool)
+                weights = self._token_weights(model, read, windows, targets) if self.recipe.weigh_tokens else {}
+                calibrator = Calibrator(model, read, windows, token_weights=weights, threads=self.threads, pool=pool)
             known = {t.weight for t in targets} - {t.weight for t in smoothed}  # smoothing changes what counts
             importance = {name: value for name, value in equalized.importance.items() if name in known}
             self._rewrite(model, targets, read, importance, calibrator, file, pool)
@@ -250,6 +254,17 @@ class _Job:
         if few is not None and self.prefill:
             write_prefill(folder, source, model, read, few, self.threads)
         return {OUTPUT_ERRORS: calibrator.output_errors} if calibrator else {}
+
+    def _token_weights(
+        self, model: onnx.ModelProto, read: Read, windows: Windows, targets: list[Target]
+    ) -> dict[str, npt.NDArray[np.float32]]:
+        """Raises MissingExtraError without torch."""
+        try:
+            from gptedge.quantize.token_weights import token_weights
+        except ModuleNotFoundError as e:
+            raise _needs_torch(e) from None
+        products = {name for t in targets if t.group.method == "gptq" for name in t.products}
+        return token_weights(model, read, windows, products, seed=self.seed, threads=self.threads, report=self.report)
 
     def _plan(
         self, model: onnx.ModelProto, read: Read, targets: list[Target], windows: Windows, pool: Executor
@@ -303,10 +318,14 @@ def _few(windows: Windows) -> Windows:
 
 
 def _copy_graph(source: Path, folder: Path, *, changed: Mapping[str, npt.NDArray[Any]]) -> Facts:
-    """The graph of one folder in another, with other values of some initializers."""
+    """The graph of one folder in another, with other values of some initializers; each stays at its place in the file,
+    where the graph for prompts finds the table."""
     model = load_graph(source / GRAPH)
+    for name in (PREFILL, PREFILL_DATA):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
     with WeightFile(folder / GRAPH_DATA) as file:
-        for tensor in model.graph.initializer:
+        for tensor in sorted(model.graph.initializer, key=offset_of):
             value = changed.get(tensor.name, read_initializer(tensor, source))
             is_inline = tensor.data_location != TensorProto.EXTERNAL
             made = onnx.numpy_helper.from_array(value, tensor.name) if is_inline else file.add(tensor.name, [value])

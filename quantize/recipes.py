@@ -69,6 +69,10 @@ class Recipe:
     """The first that matches a weight counts; a weight that none matches stays as it is."""
     fills_target: bool = False
     """Whether the groups are chosen anew so that the bundle has a given size (see mixed.py)."""
+    calibration_windows: int = 32
+    """Windows of 512 tokens that GPTQ learns from."""
+    weigh_tokens: bool = False
+    """Whether a token counts in GPTQ by how much the model's answer hangs on it (see token_weights.py); needs torch."""
     distill_steps: int = 0
     """How long 4-bit weights are trained afterwards on what the float model answers (see distill.py)."""
 
@@ -103,8 +107,11 @@ RECIPES: Mapping[str, Recipe] = {
         (*_SMOOTH_TABLES, Group("*", _INT4, "gptq", equalize=True)),
     ),
     "int4-distill": Recipe(
-        "int4, then its integers, scales and norms trained on what the float model answers; needs torch, and an hour",
+        "int4 from more text, each token weighed by what hangs on it, then trained on what the float model answers; "
+        "needs torch, and an hour",
         (*_SMOOTH_TABLES, Group("*", _INT4, "gptq", equalize=True)),
+        calibration_windows=128,
+        weigh_tokens=True,
         distill_steps=400,
     ),
     "mixed": Recipe(
@@ -113,6 +120,15 @@ RECIPES: Mapping[str, Recipe] = {
         fills_target=True,
     ),
 }
+
+
+_OPTIONS: Mapping[str, tuple[type, int | None]] = {
+    "summary": (str, None),
+    "calibration_windows": (int, 1),
+    "weigh_tokens": (bool, None),
+    "distill_steps": (int, 0),
+}
+"""What a recipe's file may say before its groups: its type, and the least value."""
 
 
 def find_recipe(name: str) -> tuple[str, Recipe]:
@@ -127,24 +143,23 @@ def find_recipe(name: str) -> tuple[str, Recipe]:
 
 
 def read_recipe(path: Path) -> Recipe:
-    """A recipe from TOML: an optional `summary` and `distill_steps`, and a `[[group]]` for each row, with the fields of
-    Group and Scheme."""
+    """A recipe from TOML: what Recipe has besides its groups, all optional, and a `[[group]]` for each row, with the
+    fields of Group and Scheme."""
     try:
         content = tomllib.loads(read_text(path))
     except tomllib.TOMLDecodeError as e:
         raise UsageError(f"{path} is not TOML: {e}") from None
     groups = content.pop("group", [])
-    summary = content.pop("summary", path.stem)
-    steps = content.pop("distill_steps", 0)
-    if content:
-        raise UsageError(
-            f"{path}: {next(iter(content))!r} is not known; known are summary, distill_steps and [[group]]"
-        )
-    if type(steps) is not int or steps < 0:
-        raise UsageError(f"{path}: distill_steps is {steps!r}; it must be an integer, at least 0")
+    for name, value in content.items():
+        if name not in _OPTIONS:
+            raise UsageError(f"{path}: {name!r} is not known; known are {', '.join(_OPTIONS)} and [[group]]")
+        kind, least = _OPTIONS[name]
+        if type(value) is not kind or (least is not None and content[name] < least):
+            bound = f", at least {least}" if least is not None else ""
+            raise UsageError(f"{path}: {name} is {value!r}; it must be of type {kind.__name__}{bound}")
     if not isinstance(groups, list) or not groups:
         raise UsageError(f"{path} has no [[group]]")
-    return Recipe(str(summary), tuple(_group(path, g) for g in groups), distill_steps=steps)
+    return Recipe(**{"summary": path.stem, **content}, groups=tuple(_group(path, g) for g in groups))
 
 
 def _group(path: Path, row: Mapping[str, Any]) -> Group:

@@ -111,13 +111,15 @@ class TorchGraph(nn.Module):
             self._load(node)
         self._fold()
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """Logits [B, T, V] of ids [B, T]."""
+    def forward(self, ids: Tensor, watch: Callable[[str, Tensor], None] | None = None) -> Tensor:
+        """Logits [B, T, V] of ids [B, T]; `watch` is shown each node's name and first output."""
         values: dict[str, Tensor] = {**self._fixed, INPUT_IDS: ids}
         values[POSITION_IDS] = torch.arange(ids.shape[1]).expand_as(ids)
         values |= {name: gain() for name, gain in self.named_gains().items()}
         for node in self._nodes:
             self._run(node, values)
+            if watch is not None:
+                watch(node.name, values[node.output[0]])
         return values[LOGITS]
 
     def named_matrices(self) -> Mapping[str, Matrix]:

@@ -14,11 +14,11 @@ import torch
 from gptedge.bundle import GRAPH, GRAPH_DATA, open_bundle
 from gptedge.evaluate.divergence import evaluate
 from gptedge.onnx_file import load_graph, read_initializer
-from gptedge.quantize import distill
+from gptedge.quantize import calibration, distill
 from gptedge.quantize.quantizer import quantize
 from gptedge.quantize.torch_graph import TorchGraph
 from gptedge.quantize.work import START
-from gptedge.runtime.session import Session
+from gptedge.runtime.session import PREFILL_AT_LEAST, Session
 from gptedge.tokenizer import Tokenizer
 from tests.conftest import TEXT
 
@@ -112,10 +112,24 @@ def test_ctrl_c_saves_and_leaves_the_destination_alone(tiny_bundle: Path, files:
 
 
 def test_own_text_will_do(tiny_bundle: Path, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distill, "OWN_WINDOWS", 2)
+    monkeypatch.setattr(calibration, "OWN_WINDOWS", 2)
     made = quantize(tiny_bundle, tmp_path / "out", recipe=str(files / "distilled.toml"), kv="int8", threads=1)
     assert np.isfinite(divergence(made.bundle, tiny_bundle))
     assert open_bundle(made.bundle).kv == made.kv == "int8"  # scales are of the trained weights' keys and values
+
+
+def test_the_graph_for_prompts_is_that_of_the_float_model(tiny_bundle: Path, files: Path, tmp_path: Path) -> None:
+    """Training changed nothing in it, and it finds the table in the file that training wrote anew."""
+    plain = make(tiny_bundle, files, tmp_path / "plain", "plain.toml", prefill="int8")
+    trained = make(tiny_bundle, files, tmp_path / "trained", prefill="int8")
+    assert (trained / GRAPH_DATA).read_bytes() != (plain / GRAPH_DATA).read_bytes()
+    read = []
+    for bundle in (plain, trained):
+        session = Session(open_bundle(bundle), threads=1)
+        cache = session.new_cache()
+        session.prefill(Tokenizer.from_folder(bundle).encode(TEXT)[:PREFILL_AT_LEAST], cache)
+        read.append([b.numpy()[0, :, : len(cache) - 1] for b in cache.buffers])  # the last token is the other graph's
+    assert np.array_equal(*read)
 
 
 def test_the_graph_in_torch_is_the_graph(distilled: Path, tmp_path: Path) -> None:
