@@ -23,8 +23,9 @@ from gptedge.evaluate.explain_terminal import print_explanation
 from gptedge.export.exporter import export
 from gptedge.loading import load
 from gptedge.train.model import GPT, attend, attention_weights
-from tests.export.test_decoder import ids_of, random_model
+from tests.export.test_decoder import random_model
 from tests.export.test_portable import CHOSEN
+from tests.logits import ids_of
 
 _CLOSE = 1e-3  # of a weight; a wrong mask, factor or rotation is off by 0.05 and more
 # A token of one byte of three, a control sequence, markup, and a line's end.

@@ -23,9 +23,10 @@ from gptedge.runtime.batch import Rows
 from gptedge.runtime.session import PREFILL_AT_LEAST, Session
 from gptedge.train.model import GPT, Cache
 from tests.conftest import make_tokenizer
+from tests.logits import VOCAB_SIZE, assert_close, ids_of, logits_in_pieces, logits_of
 
 SHAPE = {
-    "vocab_size": 347,
+    "vocab_size": VOCAB_SIZE,
     "hidden_size": 84,
     "intermediate_size": 150,
     "num_hidden_layers": 3,
@@ -185,7 +186,7 @@ MODELS: dict[str, tuple[Callable[..., transformers.PreTrainedConfig], dict[str, 
     "gpt2": (
         transformers.GPT2Config,
         {
-            "vocab_size": 347,
+            "vocab_size": VOCAB_SIZE,
             "n_embd": 96,
             "n_layer": 3,
             "n_head": 6,
@@ -223,20 +224,6 @@ def pair(
     return model, folder / "checkpoint", folder / "bundle"
 
 
-def ids_of(n: int, seed: int = 0) -> list[int]:
-    return [int(i) for i in np.random.default_rng(seed).integers(0, 347, n)]
-
-
-def logits_of(model: torch.nn.Module, ids: list[int]) -> np.ndarray:
-    with torch.no_grad():
-        out = model(torch.tensor([ids]))
-    return (out if isinstance(out, torch.Tensor) else out.logits)[0].numpy()
-
-
-def assert_close(got: np.ndarray, expected: np.ndarray) -> None:
-    assert np.abs(got - expected).max() <= 1e-3 * expected.std()
-
-
 def test_prefill(pair: tuple[torch.nn.Module, Path, Path]) -> None:
     model, _, bundle = pair
     session, ids = Session(open_bundle(bundle)), ids_of(150)
@@ -246,11 +233,7 @@ def test_prefill(pair: tuple[torch.nn.Module, Path, Path]) -> None:
 def test_chunks_and_single_steps(pair: tuple[torch.nn.Module, Path, Path]) -> None:
     model, _, bundle = pair
     session, ids = Session(open_bundle(bundle)), ids_of(150, seed=1)
-    cache, rows, start = session.new_cache(), [], 0
-    for size in (37, 1, 1, 60, 1, 50):
-        rows.append(session.run(ids[start : start + size], cache, every_row=True))
-        start += size
-    assert_close(np.concatenate(rows), logits_of(model, ids))
+    assert_close(logits_in_pieces(session, ids, (37, 1, 1, 60, 1, 50)), logits_of(model, ids))
 
 
 def test_greedy_tokens(pair: tuple[torch.nn.Module, Path, Path]) -> None:

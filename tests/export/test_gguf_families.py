@@ -30,11 +30,11 @@ from gptedge.runtime.session import Session
 from gptedge.train.model import GPT
 from tests.conftest import make_tokenizer
 from tests.export.gguf_files import interleave, save
+from tests.logits import VOCAB_SIZE, assert_close, ids_of, logits_in_pieces, logits_of
 
-VOCAB = 347
 Settings = dict[str, Any]
 SHAPE: Settings = {
-    "vocab_size": VOCAB,
+    "vocab_size": VOCAB_SIZE,
     "hidden_size": 96,
     "intermediate_size": 152,
     "num_hidden_layers": 3,
@@ -139,7 +139,7 @@ MODELS: dict[str, tuple[str, Callable[..., transformers.PreTrainedConfig], Setti
         "gpt2",
         transformers.GPT2Config,
         {
-            "vocab_size": VOCAB,
+            "vocab_size": VOCAB_SIZE,
             "n_embd": 96,
             "n_layer": 3,
             "n_head": 6,
@@ -206,7 +206,7 @@ def _converted(architecture: str, c: Settings, name: str, array: np.ndarray) -> 
 
 
 def _write_keys(w: gguf.GGUFWriter, architecture: str, c: Settings) -> None:
-    w.add_vocab_size(VOCAB)
+    w.add_vocab_size(VOCAB_SIZE)
     w.add_context_length(_first(c, "max_position_embeddings", "n_positions"))
     w.add_embedding_length(_first(c, "hidden_size", "n_embd"))
     w.add_block_count(_first(c, "num_hidden_layers", "n_layer"))
@@ -289,25 +289,12 @@ def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return request.param, model, write_gguf(folder / "m.gguf", architecture, model)
 
 
-def ids_of(n: int) -> list[int]:
-    return [int(i) for i in np.random.default_rng(0).integers(0, VOCAB, n)]
-
-
-def logits_of(model: Any, ids: list[int]) -> np.ndarray:
-    with torch.no_grad():
-        out = model(torch.tensor([ids]))
-    return (out if isinstance(out, torch.Tensor) else out.logits)[0].numpy()
-
-
 def test_exported_from_gguf_equals_the_original(written: tuple[str, Any, Path], tmp_path: Path) -> None:
     _, model, path = written
     (tmp_path / TOKENIZER).write_text(json.dumps(make_tokenizer().to_dict()))
     bundle = export(path, tmp_path / "bundle", tokenizer=tmp_path / TOKENIZER).bundle
     session, ids = Session(open_bundle(bundle)), ids_of(120)
-    cache = session.new_cache()
-    rows = [session.run(piece, cache, every_row=True) for piece in (ids[:70], ids[70:71], ids[71:])]
-    expected = logits_of(model, ids)
-    assert np.abs(np.concatenate(rows) - expected).max() <= 1e-3 * expected.std()
+    assert_close(logits_in_pieces(session, ids, (70, 1, 49)), logits_of(model, ids))
 
 
 def test_pytorch_gpt_reads_it_too(written: tuple[str, Any, Path]) -> None:
@@ -338,7 +325,7 @@ def test_27b_gemmas_scale_scores_by_the_width_that_their_heads_would_have(tmp_pa
         w = gguf.GGUFWriter(path, "gemma2")
         c = transformers.Gemma2Config(**{**SHAPE, **GEMMA, "num_hidden_layers": layers}).to_dict()
         _write_keys(w, "gemma2", c)
-        w.add_tensor("token_embd.weight", np.ones((VOCAB, 96), np.float32))
+        w.add_tensor("token_embd.weight", np.ones((VOCAB_SIZE, 96), np.float32))
         save(w)
         assert open_gguf(path).config.attn_scale == pytest.approx(expected**-0.5)
 

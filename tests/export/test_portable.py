@@ -18,8 +18,9 @@ from gptedge.export.exporter import export
 from gptedge.onnx_file import load_graph
 from gptedge.quantize.quantizer import quantize
 from gptedge.runtime.session import Session
-from tests.export.test_decoder import assert_close, ids_of, logits_of, random_model
+from tests.export.test_decoder import random_model
 from tests.export.test_sources import CONTEXT, VOCAB, content_of, state_of
+from tests.logits import assert_close, ids_of, logits_in_pieces, logits_of
 
 # A model for each row of the table of families, with what is unusual about it switched on.
 CHOSEN = (
@@ -55,11 +56,7 @@ def test_same_logits_as_transformers(name: str, tmp_path: Path) -> None:
     session, ids = Session(open_bundle(tmp_path / "bundle")), ids_of(150, seed=1)
     expected = logits_of(model, ids)
     for sizes in ([150], [37, 1, 1, 60, 1, 50], [1] * 150):
-        cache, rows, start = session.new_cache(), [], 0
-        for size in sizes:
-            rows.append(session.run(ids[start : start + size], cache, every_row=True))
-            start += size
-        assert_close(np.concatenate(rows), expected)
+        assert_close(logits_in_pieces(session, ids, sizes), expected)
 
 
 def test_nanogpt(tmp_path: Path, tiny_checkpoint: Path) -> None:

@@ -20,12 +20,12 @@ from gptedge import safetensors
 from gptedge.checkpoint import TOKENIZER, TOKENIZER_CONFIG
 from gptedge.cli import main
 from tests.conftest import END, TEMPLATE, TEXT, make_tokenizer
-from tests.export.test_decoder import assert_close, ids_of, logits_of
+from tests.logits import VOCAB_SIZE, assert_close, ids_of, logits_in_pieces, logits_of
 
 pytestmark = pytest.mark.slow
 
 CONFIG = transformers.OPTConfig(
-    vocab_size=347,
+    vocab_size=VOCAB_SIZE,
     hidden_size=48,
     word_embed_proj_dim=48,
     ffn_dim=70,
@@ -154,11 +154,7 @@ def test_same_logits_and_tokens_as_transformers(model: tuple[torch.nn.Module, Pa
         session, ids = loaded.session, ids_of(100, seed=3)
         expected = logits_of(made, ids)
         for sizes in ([100], [37, 1, 1, 40, 1, 20], [1] * 100):
-            cache, rows, start = session.new_cache(), [], 0
-            for size in sizes:
-                rows.append(session.run(ids[start : start + size], cache, every_row=True))
-                start += size
-            assert_close(np.concatenate(rows), expected)
+            assert_close(logits_in_pieces(session, ids, sizes), expected)
         theirs = made.generate(
             torch.tensor([ids[:11]]), max_new_tokens=64, min_new_tokens=64, do_sample=False, eos_token_id=None
         )

@@ -17,7 +17,8 @@ from gptedge.export.adapter import make_adapter
 from gptedge.export.exporter import export
 from gptedge.quantize.quantizer import quantize
 from tests.adapters import write_random
-from tests.export.test_decoder import ids_of, random_model
+from tests.export.test_decoder import random_model
+from tests.logits import ids_of
 
 # Interleaved heads, transposed matrices, dimensions in another order, no gate, biases, norms of heads.
 FAMILIES = ("llama untied, biased", "phi3", "gpt_neox, a quarter of a small head rotates", "gpt2", "qwen3")

@@ -16,9 +16,10 @@ from gptedge.export.exporter import export
 from gptedge.quantize.quantizer import quantize
 from gptedge.runtime.session import PREFILL_CHUNK, Session
 from tests.conftest import make_tokenizer
+from tests.logits import VOCAB_SIZE, ids_of, logits_in_pieces
 
 SHAPE = {
-    "vocab_size": 347,
+    "vocab_size": VOCAB_SIZE,
     "hidden_size": 64,
     "intermediate_size": 100,
     "num_hidden_layers": 3,
@@ -51,17 +52,9 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return export(folder / "checkpoint", folder / "bundle", verify=False).bundle
 
 
-def ids_of(n: int) -> list[int]:
-    return [int(i) for i in np.random.default_rng(0).integers(0, 347, n)]
-
-
 def tail(session: Session, sizes: list[int]) -> np.ndarray:
     """The last ten rows of logits when the text is run in these pieces."""
-    cache, ids, start = session.new_cache(), ids_of(LENGTH), 0
-    for size in sizes:
-        rows = session.run(ids[start : start + size], cache, every_row=True)
-        start += size
-    return rows[-10:]
+    return logits_in_pieces(session, ids_of(LENGTH), sizes)[-10:]
 
 
 PIECES = ([LENGTH], [PREFILL_CHUNK, PREFILL_CHUNK, 90], [200, 1, 1, 290, LENGTH - 502, 10])

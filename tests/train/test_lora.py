@@ -23,7 +23,8 @@ from gptedge.tensor_names import Naming
 from gptedge.train.lora import add_lora, merged_weights, updates
 from gptedge.train.model import GPT
 from tests.conftest import tiny_config
-from tests.export.test_decoder import ids_of, random_model
+from tests.export.test_decoder import random_model
+from tests.logits import ids_of
 
 # PEFT asks transformers for what that has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
