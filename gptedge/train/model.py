@@ -23,6 +23,7 @@ from gptedge.checkpoint import Checkpoint
 from gptedge.config import Activation, ModelConfig, rope_frequencies
 from gptedge.errors import ContextOverflowError
 from gptedge.train.batches import IGNORED
+from gptedge.train.blockwise import blockwise_attention, pays
 
 Rope: TypeAlias = tuple[Tensor, Tensor]
 """Cosines and sines, each [T, rope_dim / 2], or [B, 1, T, rope_dim / 2] where rows have their own positions."""
@@ -139,6 +140,8 @@ def attend(
     needs_mask = 1 < t < s or 0 < window < s or same is not None
     mask = _visible(q, k, window, same) if needs_mask else None
     causal = mask is None and t == s
+    if causal and pays(q, k):
+        return blockwise_attention(q, k, v, scale)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=True)
 
 
