@@ -36,12 +36,13 @@ class Calibrator:
         """`windows` are token ids [n_windows, T]; `read` gives an initializer's values.
 
         `token_weights` [n_windows, T] say, by name of a product's node, how much each token counts there; where there
-        are none, all count alike.
+        are none, all count alike but the first of a window (see recipes.Group).
         """
         self._float = Walk(model, read, windows, threads=threads)
         self._quantized = Walk(model, read, windows, threads=threads)
         self._nodes = {node.name: node for node in model.graph.node}
         self._token_weights = token_weights
+        self._shape = windows.shape
         self._pool = pool
         self.output_errors: dict[str, float] = {}
         """By weight: what rounding it changes of its product's outputs on the text, ||X (W - Q)'|| / ||X W'||."""
@@ -49,7 +50,7 @@ class Calibrator:
     def quantize(self, target: Target, rows: npt.NDArray[Any]) -> Blocks:
         """Quantize `rows` [N, K]. Raises DataError when activations that reach it are not finite."""
         node = next(name for name in self._nodes if name in target.products)
-        h, cross = self._moments(node, target.width)
+        h, cross = self._moments(node, target.width, self._weights_of(node, target))
         weight = np.asarray(rows, np.float32)
         blocks = quantize_calibrated(weight, h, cross, target.scheme, self._pool)
         change = weight - dequantize(blocks, target.scheme, target.width)
@@ -68,16 +69,21 @@ class Calibrator:
         for node, nodes in replacements(target, {role: names[role] for role in arrays}, self._nodes).items():
             self._quantized.replace(node, nodes, initializers)
 
-    def _moments(self, node: str, width: int) -> tuple[FloatArray, FloatArray]:
+    def _weights_of(self, node: str, target: Target) -> FloatArray:
+        """How much each token of the windows counts, [tokens, 1]."""
+        weights = np.array(self._token_weights.get(node, np.ones(self._shape, np.float32)))
+        weights[:, 0] *= target.group.first_token
+        return weights.reshape(-1, 1)
+
+    def _moments(self, node: str, width: int, weights: FloatArray) -> tuple[FloatArray, FloatArray]:
         """X'X and (X0 - X)'X of the quantized and the float inputs X and X0, tokens weighed, [width, width]."""
         h, cross = np.zeros((width, width), np.float32), np.zeros((width, width), np.float32)
         at = 0
         for x, x0 in zip(self._quantized.inputs_of(node), self._float.inputs_of(node), strict=True):
-            if node in self._token_weights:
-                root = np.sqrt(self._token_weights[node].reshape(-1, 1)[at : at + len(x)])
-                x, x0, at = x * root, x0 * root, at + len(x)
-            h += x.T @ x
-            cross += (x0 - x).T @ x
+            root = np.sqrt(weights[at : at + len(x)])
+            weighed, at = x * root, at + len(x)
+            h += weighed.T @ weighed
+            cross += (x0 * root - weighed).T @ weighed
         if not (np.isfinite(h).all() and np.isfinite(cross).all()):
             raise DataError(f"the activations that reach {node} are not finite on the calibration text")
         return h, cross

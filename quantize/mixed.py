@@ -122,8 +122,8 @@ def plan(
 
 
 def _group(target: Target, scheme: Scheme) -> Group:
-    is_calibrated = scheme.bits == 4 and not target.lookups
-    return Group(_name(target), scheme, "gptq" if is_calibrated else "rtn", smooth=scheme.bits == 8)
+    method = "gptq" if scheme.bits == 4 and not target.lookups else "rtn"
+    return replace(target.group, match=_name(target), scheme=scheme, method=method, smooth=scheme.bits == 8)
 
 
 def _name(target: Target) -> str:

@@ -51,6 +51,9 @@ class Group:
     """Whether activations' spread is moved into these weights first (see smooth.py); calibrated."""
     equalize: bool = False
     """Whether columns are evened out first, without data (see equalize.py)."""
+    first_token: int = 1
+    """How many times as much the first token of a window counts in GPTQ: most of what later tokens attend to is its key
+    and value (attention sinks, Xiao et al. 2023, arXiv:2309.17453)."""
     widen: bool = False
     """Whether weights become float32 again when a model is loaded, and activations are never rounded: the memory and
     speed of a float model for the file of a quantized one. 8 bits, symmetric."""
@@ -58,6 +61,8 @@ class Group:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise UsageError(f"method is {self.method!r}; it must be one of {', '.join(METHODS)}")
+        if self.first_token < 0:
+            raise UsageError(f"{self.match}: first_token is {self.first_token}; it must be at least 0")
         if self.widen and (self.scheme.bits != 8 or not self.scheme.symmetric):
             raise UsageError(f"{self.match}: weights that are widened at load must be of 8 bits and symmetric")
 
@@ -92,6 +97,9 @@ _INT4 = Scheme(bits=4, block_size=32, symmetric=False, steps=12)
 _TABLES = (Group("embed.weight", _INT8), Group("head.weight", _INT8))
 _SMOOTH_TABLES = tuple(dataclasses.replace(g, smooth=True) for g in _TABLES)
 
+_CALIBRATED = Group("*", _INT4, "gptq", equalize=True)
+_ATTENDED = dataclasses.replace(_CALIBRATED, match="*.attn.[qkv]*", first_token=30)
+
 RECIPES: Mapping[str, Recipe] = {
     "int8": Recipe("8-bit weights in blocks of 64, activations smoothed", (Group("*", _INT8, smooth=True),)),
     "int8-weight": Recipe(
@@ -104,19 +112,19 @@ RECIPES: Mapping[str, Recipe] = {
     ),
     "int4": Recipe(
         "4-bit weights in blocks of 32, calibrated: GPTQ on quantized inputs, then coordinate descent; 8-bit table",
-        (*_SMOOTH_TABLES, Group("*", _INT4, "gptq", equalize=True)),
+        (*_SMOOTH_TABLES, _ATTENDED, _CALIBRATED),
     ),
     "int4-distill": Recipe(
         "int4 from more text, each token weighed by what hangs on it, then trained on what the float model answers; "
         "needs torch, and an hour",
-        (*_SMOOTH_TABLES, Group("*", _INT4, "gptq", equalize=True)),
+        (*_SMOOTH_TABLES, _CALIBRATED),
         calibration_windows=128,
         weigh_tokens=True,
         distill_steps=400,
     ),
     "mixed": Recipe(
         "bits and block size of each weight chosen by what rounding it was measured to cost; fills --target-mb",
-        (*_SMOOTH_TABLES, Group("*", _INT4, "gptq", equalize=True)),
+        (*_SMOOTH_TABLES, _ATTENDED, _CALIBRATED),
         fills_target=True,
     ),
 }

@@ -61,6 +61,7 @@ def test_fields_and_defaults(tmp_path: Path) -> None:
         (GOOD.replace("16", "24"), "block_size is 24; it must be a power of two, at least 16"),
         (GOOD.replace("16", "'16'"), "block_size is '16'; it must be of type int"),
         (GOOD + "method = 'awq'", "method is 'awq'; it must be one of rtn, gptq"),
+        (GOOD + "first_token = -1", "first_token is -1; it must be at least 0"),
         (GOOD + "widen = true", "must be of 8 bits and symmetric"),
     ],
 )

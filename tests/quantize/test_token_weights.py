@@ -105,6 +105,26 @@ def test_tokens_that_count_nothing_teach_nothing(
     assert np.mean(np.abs(alike - alone) > 1e-6) > 0.1
 
 
+def test_the_first_token_of_a_window_counts_as_often_as_the_recipe_says(
+    graph: tuple[onnx.ModelProto, Read], windows: np.ndarray, pool: Executor
+) -> None:
+    model, read = graph
+    rows = {t.name: t for t in model.graph.initializer}
+
+    def rounded(weights: dict[str, np.ndarray], **options: int) -> np.ndarray:
+        group = Group("*.attn.qkv.weight", SCHEME, "gptq", **options)
+        target = find_targets(model, Recipe("", (group,)))[0]
+        calibrator = Calibrator(model, read, windows, token_weights=weights, threads=1, pool=pool)
+        return dequantize(calibrator.quantize(target, read(rows[target.weight])), SCHEME, target.width)
+
+    thirty = np.ones(windows.shape, np.float32)
+    thirty[:, 0] = 30
+    wanted, alike = rounded({"blocks.0.attn.qkv": thirty}), rounded({})
+    assert np.array_equal(rounded({}, first_token=30), wanted)
+    assert not np.array_equal(alike, wanted)
+    assert np.array_equal(rounded({}, first_token=1), alike)
+
+
 def test_a_recipe_may_weigh_tokens(tiny_bundle: Path, tmp_path: Path) -> None:
     group = '[[group]]\nmatch = "*.down.weight"\nbits = 4\nblock_size = 32\nmethod = "gptq"\n'
     words = np.array(TEXT.split())
