@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from pathlib import Path
 
 import onnx
@@ -9,7 +11,7 @@ import pytest
 
 from gptedge.errors import UsageError
 from gptedge.quantize.quantizer import quantize
-from gptedge.quantize.recipes import RECIPES, Scheme, find_recipe, read_recipe
+from gptedge.quantize.recipes import RECIPES, Group, Recipe, Scheme, find_recipe, read_recipe
 
 GOOD = """
 summary = "down projections alone"
@@ -86,3 +88,24 @@ def test_a_target_size_is_for_recipes_that_fill_it(tiny_bundle: Path, tmp_path: 
     for name, recipe in RECIPES.items():
         with pytest.raises(UsageError, match="target size"):
             quantize(tiny_bundle, tmp_path / "out", recipe=name, target_mb=None if recipe.fills_target else 1.0)
+
+
+# ---- what is written about them ------------------------------------------------------------------------------------
+
+PAGE = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text(encoding="utf-8")
+
+
+def test_every_key_is_described() -> None:
+    rows = dict(re.findall(r"^\| (\w+) \|([^|]*)\|", PAGE, re.M))
+    fields = {f.name: f.default for c in (Recipe, Group, Scheme) for f in dataclasses.fields(c)}
+    hidden = {"groups", "scheme", "fills_target"}
+    assert set(rows) - {"key"} == set(fields) - hidden
+    for name in ("calibration_windows", "weigh_tokens", "distill_steps", "method", "smooth", "equalize", "first_token"):
+        assert rows[name].strip() == str(fields[name]).lower(), name
+
+
+@pytest.mark.parametrize("name", [name for name, recipe in RECIPES.items() if not recipe.fills_target])
+def test_recipes_on_the_page_are_those_that_come_along(name: str, tmp_path: Path) -> None:
+    files = dict(re.findall(r"^(\S+?)[:;][^\n]*\n\n```toml\n(.*?)```", PAGE, re.M | re.S))
+    recipe = read_recipe(write(tmp_path, files[name]))
+    assert dataclasses.replace(recipe, summary=RECIPES[name].summary) == RECIPES[name]
