@@ -9,6 +9,7 @@ import peers
 import pytest
 
 import gptedge
+from gptedge.quantize.quantizer import quantize
 from gptedge.runtime.session import Session
 
 HERE = Path(__file__).parent
@@ -38,11 +39,20 @@ def ask(peer: str, program: str, bundle: Path, **work: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("recipe", ["fp32", "int8", "int4-rtn"])
 def test_onnxruntime_genai(smollm2: Path, recipe: str) -> None:
-    with gptedge.load(smollm2 / recipe) as model:
+    check_in_genai(smollm2 / recipe)
+
+
+def test_onnxruntime_genai_over_an_int8_cache(smollm2: Path, tmp_path: Path) -> None:
+    text = Path(__file__).parents[2] / "README.md"
+    check_in_genai(quantize(smollm2 / "fp32", tmp_path / "kv", recipe="int4-rtn", kv="int8", calibration=text).bundle)
+
+
+def check_in_genai(bundle: Path) -> None:
+    with gptedge.load(bundle) as model:
         prompts = [model.tokenizer.encode(text) for text in PROMPTS]
         encoded = model.tokenizer.encode(SENTENCE)
         ours = [greedy(model.session, ids) for ids in prompts]
-    theirs = ask("genai", "genai_program.py", smollm2 / recipe, prompts=prompts, texts=[*PROMPTS, SENTENCE])
+    theirs = ask("genai", "genai_program.py", bundle, prompts=prompts, texts=[*PROMPTS, SENTENCE])
     assert theirs["tokens"] == ours
     assert theirs["encoded"] == [*prompts, encoded]
 
