@@ -110,7 +110,7 @@ class KVCache:
         return twin
 
     def tensors(self) -> Iterator[npt.NDArray[Any]]:
-        """Copies of the keys and values of the tokens held, each [n_kv_head, tokens, head_dim]."""
+        """Keys and values of the tokens held, each [n_kv_head, tokens, head_dim], for use before the cache changes."""
         for buffer in self.buffers:
             yield np.ascontiguousarray(buffer.numpy()[0, :, : len(self)])
 

@@ -45,7 +45,7 @@ from gptedge.runtime.threads import default_threads
 PREFILL_CHUNK = 256
 """Tokens run at once while reading a prompt; bounds the memory that attention takes."""
 PREFILL_AT_LEAST = 64
-"""Tokens from which on a prompt goes through the bundle's graph for prompts; fewer would not repay its loading."""
+"""Tokens before a prompt's last from which on the graph for prompts reads them; fewer would not repay loading it."""
 _PREFILL_FILES = (PREFILL, PREFILL_DATA)
 _VERIFY_FIRST = 10_000_000  # bytes; smaller files are checked before onnxruntime reads them, larger ones meanwhile
 
