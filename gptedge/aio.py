@@ -51,7 +51,7 @@ class AsyncStream:
             yield part
 
     def cancel(self) -> None:
-        """Stop after the token that is being computed."""
+        """As `Stream.cancel`."""
         self._open.cancel()
 
     @property

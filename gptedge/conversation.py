@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,20 +13,22 @@ from gptedge.config import SamplingParams
 from gptedge.errors import DataError, UsageError
 from gptedge.runtime.generate import Chunk, Result, Stream, chunks
 from gptedge.runtime.kv_file import load_cache, save_cache
-from gptedge.turns import Turns
+from gptedge.turns import Messages, Turns
 
 if TYPE_CHECKING:
     from gptedge.model import Model
 
 _BUSY = "this chat is already answering; cancel that reply, or use another chat"
+_GONE_ON = "this chat has gone on since this reply was asked for; ask again"
 ROLES = ("system", "user", "assistant")
 
 
 class Chat:
     """One conversation. `messages` is its history; the KV cache follows it, and only what changed is run again.
 
-    One reply at a time: asking while another is under way raises UsageError. A reply that is cancelled, or that fails,
-    stays in the history as far as it came; where nothing came, the history is as it was before the question.
+    One reply at a time: asking, or changing the history, while one is under way raises UsageError, and so does reading
+    a stream that was asked for before the history changed. A reply that is cancelled, or that fails, stays in the
+    history as far as it came; where nothing came, the history is as it was before the question.
     """
 
     def __init__(self, model: Model, *, system: str | None, params: SamplingParams) -> None:
@@ -47,30 +50,29 @@ class Chat:
 
     def stream(self, text: str, **changes: Any) -> Stream:
         """Ask, and get the reply chunk by chunk."""
-        return self._reply([*self.messages, {"role": "user", "content": text}], changes)
+        before = list(self.messages)
+        return self._reply(before, [*before, {"role": "user", "content": text}], changes)
 
     def regenerate(self, **changes: Any) -> Stream:
         """Answer the last question anew; the reply there was is dropped."""
-        messages = list(self.messages)
-        if messages and messages[-1]["role"] == "assistant":
-            messages.pop()
+        before = list(self.messages)
+        messages = before[:-1] if before and before[-1]["role"] == "assistant" else before
         if not messages or messages[-1]["role"] != "user":
             raise UsageError("there is no question to answer again")
-        return self._reply(messages, changes)
+        return self._reply(before, messages, changes)
 
     def edit(self, index: int, text: str) -> None:
         """Replace the text of message `index` (negative counts from the end) and drop what came after it."""
-        if not -len(self.messages) <= index < len(self.messages):
-            raise UsageError(f"there is no message {index}; the conversation has {len(self.messages)}")
-        index %= len(self.messages)
-        self.dropped_messages = 0
-        self.messages[index] = {**self.messages[index], "content": text}
-        del self.messages[index + 1 :]
+        with self._idle():
+            if not -len(self.messages) <= index < len(self.messages):
+                raise UsageError(f"there is no message {index}; the conversation has {len(self.messages)}")
+            index %= len(self.messages)
+            self.dropped_messages = 0
+            self.messages = [*self.messages[:index], {**self.messages[index], "content": text}]
 
     def fork(self) -> Chat:
         """An independent copy from here on, KV cache included."""
-        self._check_idle()
-        with self._busy:
+        with self._idle():
             twin = Chat(self._model, system=None, params=self.params)
             twin.messages, twin._cache, twin._spoken = deepcopy(self.messages), self._cache.copy(), self._spoken
             twin.dropped_messages = self.dropped_messages
@@ -78,8 +80,9 @@ class Chat:
 
     def clear(self) -> None:
         """Start over, keeping the system message."""
-        self.messages = [m for m in self.messages[:1] if m["role"] == "system"]
-        self.dropped_messages = 0
+        with self._idle():
+            self.messages = [m for m in self.messages[:1] if m["role"] == "system"]
+            self.dropped_messages = 0
 
     def to_dict(self) -> dict[str, Any]:
         """The conversation as JSON-ready data."""
@@ -87,16 +90,16 @@ class Chat:
 
     def load_dict(self, data: Mapping[str, Any]) -> None:
         """Take over a conversation that `to_dict` gave. Raises DataError when it is not one."""
-        self.messages = checked_messages(data.get("messages"))
-        self.dropped_messages = 0
+        with self._idle():
+            self.messages = checked_messages(data.get("messages"))
+            self.dropped_messages = 0
 
     def save_cache(self, path: str | Path) -> None:
         """Write the conversation and its KV cache to one file, for `load_cache` of this bundle. Nothing is rounded.
 
         It takes `KVCache.bytes_per_token` for each token held, and replaces the file there was only once it is whole.
         """
-        self._check_idle()
-        with self._busy:
+        with self._idle():
             state = {**self.to_dict(), "dropped_messages": self.dropped_messages, "spoken": list(self._spoken)}
             save_cache(Path(path), self._model.session, self._cache, state)
 
@@ -105,8 +108,7 @@ class Chat:
 
         Raises DataError when the file is not whole, or was saved with another bundle.
         """
-        self._check_idle()
-        with self._busy:
+        with self._idle():
             cache, state = load_cache(Path(path), self._model.session, self._model.adapter)
             messages, spoken = checked_messages(state.get("messages")), _checked_spoken(state.get("spoken"))
             self.messages, self._cache, self._spoken = messages, cache, spoken
@@ -116,10 +118,6 @@ class Chat:
     def cached_tokens(self) -> int:
         """Tokens whose keys and values are kept."""
         return len(self._cache)
-
-    def prompt_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Token ids of the prompt for a reply to `messages`."""
-        return self._encode(self._model.chat_prompt.render(messages))
 
     def _encode(self, text: str) -> list[int]:
         """Text that goes on from the last prompt and reply keeps their very tokens, which are in the cache.
@@ -131,18 +129,20 @@ class Chat:
             return [*ids, *prompt.encode(text[len(spoken) :], continued=True)]
         return prompt.encode(text)
 
-    def _reply(self, messages: list[dict[str, str]], changes: dict[str, Any]) -> Stream:
+    def _reply(self, before: Messages, messages: Messages, changes: dict[str, Any]) -> Stream:
+        """A reply to `messages`, as long as the history is what it was `before`."""
         from gptedge.model import sampling_params
 
         model, settings = self._model, sampling_params(self.params, changes)
         dropped = self.dropped_messages if settings.context_overflow == "shift" else 0
         turns = Turns(messages, dropped, model.chat_prompt.render, self._encode)
         window = model.window(turns.ids, settings, turns)
-        self._check_idle()
+        if self._busy.locked():
+            raise UsageError(_BUSY)
         adapter = model.adapter
 
         def make(cancelled: threading.Event) -> Iterator[Chunk]:
-            self._take()  # only now: a stream that is never read must not block the chat
+            self._take(before)  # only now: a stream that is never read must not block the chat
             self._cache.use(adapter)
             return chunks(model.session, model.tokenizer, self._cache, window, settings, cancelled)
 
@@ -156,13 +156,21 @@ class Chat:
 
         return Stream(make, end)
 
-    def _check_idle(self) -> None:
-        if self._busy.locked():
-            raise UsageError(_BUSY)
+    @contextmanager
+    def _idle(self) -> Iterator[None]:
+        """Within, no reply is under way."""
+        self._take()
+        try:
+            yield
+        finally:
+            self._busy.release()
 
-    def _take(self) -> None:
+    def _take(self, before: Messages | None = None) -> None:
         if not self._busy.acquire(blocking=False):
             raise UsageError(_BUSY)
+        if before is not None and self.messages != before:
+            self._busy.release()
+            raise UsageError(_GONE_ON)
 
 
 def _checked_spoken(value: Any) -> tuple[str, list[int]]:

@@ -276,7 +276,10 @@ class Stream:
         self.close()
 
     def cancel(self) -> None:
-        """Stop after the token that is being computed. Returns at once; safe from any thread, and more than once."""
+        """Stop after the token, or the piece of 256 tokens of the prompt, that is being computed.
+
+        Returns at once; safe from any thread, and more than once.
+        """
         self._cancelled.set()
 
     def close(self) -> None:

@@ -1,7 +1,8 @@
 """A loaded bundle: one onnxruntime session whose weights every conversation shares.
 
 `run` takes token ids and a KVCache and gives logits. It knows nothing of text, sampling or chats. Thread-safe: one lock
-lets one conversation compute at a time, a step at a time, so that several of them take turns token by token.
+lets one conversation compute at a time, in the order of asking, so that several of them take turns: a token, or a piece
+of 256 tokens of a prompt.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from gptedge.graph_io import (
     present_names,
 )
 from gptedge.runtime.adapter import Adapter, read_adapter
+from gptedge.runtime.fair_lock import FairLock
 from gptedge.runtime.kv_cache import KVCache
 from gptedge.runtime.onnx_runtime import (
     PROVIDERS,
@@ -78,7 +80,7 @@ class Session:
         """Whether guesses are checked several at once."""
         self._rows_agree = False
         self._run_options = self._ort.RunOptions()
-        self.lock = threading.Lock()
+        self.lock = FairLock()
         """Held while the graph runs."""
         self._unverified = _verify_small_files(bundle) if check else {}
         self._ahead: Future[Any] | None = None

@@ -2,8 +2,8 @@
 
     start(window) ─▶ waits for one of `slots` threads ─▶ borrows a KV cache ─▶ chunks … ─▶ async for chunk in reply
 
-Running replies share the model, whose lock lets them take turns token by token. A worker never waits for a client: what
-a slow one has not read stays in the reply's queue, so that it holds no slot. Methods are for the event loop's thread.
+Running replies share the model, whose lock lets them take turns. A worker never waits for a client: what a slow one has
+not read stays in the reply's queue, so that it holds no slot. Methods are for the event loop's thread.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ def test_cancel_again_and_after_the_end(model: gptedge.Model) -> None:
 
 
 def test_threads_that_share_a_chat(model: gptedge.Model) -> None:
-    """One asks at a time; the others are told, and the history is that of those who asked."""
+    """One asks at a time; the others are told, and the history is that of those who were answered."""
     chat = model.chat(max_tokens=20)
     told, answered = [], []
     start = threading.Barrier(6)
@@ -92,7 +92,8 @@ def test_threads_that_share_a_chat(model: gptedge.Model) -> None:
         start.wait()
         for n in range(5):
             try:
-                answered.append(chat.send(f"{i} {n}"))
+                chat.send(f"{i} {n}")
+                answered.append(f"{i} {n}")
             except gptedge.UsageError as e:
                 told.append(str(e))
             except gptedge.ContextOverflowError:
@@ -100,10 +101,39 @@ def test_threads_that_share_a_chat(model: gptedge.Model) -> None:
 
     run_all([lambda i=i: ask(i) for i in range(6)])
     assert answered
-    assert all("already answering" in t for t in told)
+    assert all("already answering" in t or "ask again" in t for t in told)
     assert [m["role"] for m in chat.messages] == ["user", "assistant"] * len(answered)
+    assert sorted(m["content"] for m in chat.messages[::2]) == sorted(answered)
     twin = model.chat(max_tokens=3)
     twin.load_dict(chat.to_dict())
+
+
+def test_reply_to_a_chat_that_has_gone_on_is_refused(model: gptedge.Model) -> None:
+    """Otherwise it would take the place of the turn that came between."""
+    chat = model.chat(**endless(model, max_tokens=2))
+    first, second = chat.stream("first"), chat.stream("second")
+    list(second)
+    with pytest.raises(gptedge.UsageError, match=r"gone on since .* ask again"):
+        list(first)
+    assert [m["content"] for m in chat.messages] == ["second", second.result.text]
+    again = chat.regenerate()
+    chat.edit(0, "third")
+    with pytest.raises(gptedge.UsageError, match="gone on since"):
+        list(again)
+    list(chat.regenerate())
+    assert [m["content"] for m in chat.messages][::2] == ["third"]
+
+
+def test_history_stays_as_it_is_during_a_reply(model: gptedge.Model) -> None:
+    chat = model.chat(system="S", **endless(model, max_tokens=4))
+    chat.send("one")
+    stream = chat.stream("two")
+    next(stream)
+    for change in (lambda: chat.edit(1, "x"), chat.clear, lambda: chat.load_dict({"messages": []}), chat.fork):
+        with pytest.raises(gptedge.UsageError, match="already answering"):
+            change()
+    list(stream)
+    assert [m["content"] for m in chat.messages if m["role"] == "user"] == ["one", "two"]
 
 
 def test_threads_that_share_a_stream(model: gptedge.Model) -> None:
