@@ -27,6 +27,8 @@ class GptEdgeError(Exception):
     """Base of the tree; `exit_code` is the status of the process when the command line meets it."""
 
     exit_code = 1
+    is_reported = False
+    """By another process of the same run; this one has nothing to add."""
 
 
 class UsageError(GptEdgeError, ValueError):

@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+import time
 import traceback
 from contextlib import suppress
 from importlib import import_module
@@ -94,6 +95,9 @@ def main(arguments: list[str] | None = None) -> int:
     except GptEdgeError as e:
         if debug:
             traceback.print_exc()
+        if e.is_reported:
+            time.sleep(1)  # torchrun ends all once one has ended, and the one that says it is to come first
+            return e.exit_code
         # A gate is judged after the result, which is the one object, has been printed.
         return _fail(str(e), e.exit_code, wants_json and not isinstance(e, GateFailed))
     except Exception as e:  # the last line of defence: nobody is shown a traceback without asking

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gptedge.cli.common import Force, Json, SourceArgument, Threads, emit, needs, say
-from gptedge.cli.watch import SampleEvery, SamplePrompt, TensorBoard, watching
+from gptedge.cli.common import Force, Json, SourceArgument, Threads, emit, needs
+from gptedge.cli.watch import SampleEvery, SamplePrompt, TensorBoard, outcome, watching
 
 if TYPE_CHECKING:
     from gptedge.train.finetune_config import FinetuneConfig
@@ -62,6 +62,7 @@ def command(
     flags = {
         "lora_rank": lora_rank,
         "lora_alpha": lora_alpha,
+        "adapter": adapter or None,
         "lora_targets": None if lora_targets is None else [t.strip() for t in lora_targets.split(",") if t.strip()],
         "qat": qat,
         "epochs": epochs,
@@ -82,24 +83,22 @@ def command(
         sample_every=sample_every,
         sample_prompt=sample_prompt,
         events=tensorboard,
-    ) as (on_model, on_step):
+    ) as (on_model, on_step, on_message):
         result = finetune(
             checkpoint,
             data,
             out,
             config=settings,
-            adapter=adapter,
             skip_bad=skip_bad,
             resume=resume,
             force=force,
             on_step=on_step,
-            on_message=say,
+            on_message=on_message,
             on_model=on_model,
         )
-    held_out = "" if result.val_loss is None else f", {result.val_loss:.3f} held out"
-    line = f"{out}: {result.examples} examples, {result.steps} steps, loss {result.loss:.3f}{held_out}"
-    then = f"gptedge adapter {out} BUNDLE {out}.onnx_adapter" if adapter else f"gptedge export {out} {out}-onnx"
-    emit({**asdict(result), "checkpoint": str(out)}, as_json=as_json, lines=[line, f"next: {then}"])
+    line = f"{out}: {result.examples} examples, {outcome(result)}"
+    then = f"adapter {out} BUNDLE {out}.onnx_adapter" if settings.adapter else f"export {out} {out}-onnx"
+    emit({**asdict(result), "checkpoint": str(out)}, as_json=as_json, lines=[line, f"next: gptedge {then}"])
 
 
 def _settings(given: dict[str, object], file: Path | None, out: Path, resume: bool) -> FinetuneConfig:

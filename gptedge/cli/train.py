@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
-from gptedge.cli.common import Force, Json, Threads, emit, needs, say, table
-from gptedge.cli.watch import SampleEvery, SamplePrompt, TensorBoard, watching
+from gptedge.cli.common import Force, Json, Threads, emit, needs, table
+from gptedge.cli.watch import SampleEvery, SamplePrompt, TensorBoard, outcome, watching
 from gptedge.errors import UsageError
 
 
@@ -39,6 +39,7 @@ def command(
     config: Annotated[Path | None, typer.Option(help="Settings in TOML; flags win over it.")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Weight updates to make.")] = None,
     max_seconds: Annotated[float | None, typer.Option(help="Time to train for.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="The highest of the schedule.")] = None,
     qat: Annotated[
         str | None, typer.Option(help="int4 or int8: train with weights rounded as quantize will round them.")
     ] = None,
@@ -73,6 +74,7 @@ def command(
         "preset": preset,
         "max_steps": max_steps,
         "max_seconds": max_seconds,
+        "learning_rate": learning_rate,
         "qat": qat,
         "seed": seed,
         "save_every": save_every,
@@ -87,7 +89,7 @@ def command(
         settings = TrainConfig.from_dict(given, where="the command line")
     with watching(
         f"train {out}", out / "tensorboard", sample_every=sample_every, sample_prompt=sample_prompt, events=tensorboard
-    ) as (on_model, on_step):
+    ) as (on_model, on_step, on_message):
         result = run_training(
             data,
             out,
@@ -97,13 +99,12 @@ def command(
             skip_bad=skip_bad,
             shard=shard,
             on_step=on_step,
-            on_message=say,
+            on_message=on_message,
             on_model=on_model,
         )
     if os.environ.get("RANK", "0") != "0":  # under torchrun, the first process alone speaks
         return
     value = {**asdict(result), "checkpoint": str(result.checkpoint), "tokens": str(result.tokens)}
-    held_out = "" if result.val_loss is None else f", {result.val_loss:.3f} held out"
-    line = f"{out}: {result.parameters:,} parameters, {result.steps} steps, loss {result.loss:.3f}{held_out}"
+    line = f"{out}: {result.parameters:,} parameters, {outcome(result)}"
     line += f"; {result.tokens_per_second:,.0f} tokens/s, {result.mfu:.0%} of what matrix products reach here"
     emit(value, as_json=as_json, lines=[line, f"next: gptedge export {out} {out}-onnx"])

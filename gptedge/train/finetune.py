@@ -34,19 +34,18 @@ from gptedge.train.model import GPT
 from gptedge.train.output import (
     METRICS,
     STATE,
-    OnMessage,
     begin_run,
     check_output,
-    check_same_run,
     precision_line,
     put_checkpoint,
+    reopen_run,
     resume_trainer,
 )
 from gptedge.train.packing import PackedExamples
 from gptedge.train.parts import set_up_torch
 from gptedge.train.qat import RoundedLoss, fake_quantize, rounded_weights
 from gptedge.train.sample import OnModel
-from gptedge.train.trainer import OnStep, Trainer
+from gptedge.train.trainer import OnMessage, OnStep, Trainer
 
 
 @dataclass(frozen=True)
@@ -59,6 +58,8 @@ class FinetuneResult:
     left_out: int
     """Records that could not be used."""
     steps: int
+    weights_step: int
+    """The step whose weights were written: the last, or under patience that of the lowest validation loss."""
     tokens_seen: int
     loss: float
     """Of the last step, in nats per learned token."""
@@ -78,7 +79,6 @@ def finetune(
     out: Path,
     *,
     config: FinetuneConfig,
-    adapter: bool = False,
     skip_bad: bool = False,
     resume: bool = False,
     force: bool = False,
@@ -86,27 +86,35 @@ def finetune(
     on_message: OnMessage = lambda message: None,
     on_model: OnModel | None = None,
 ) -> FinetuneResult:
-    """Teach `source` the records in `paths`, and write to `out` the whole model, or with `adapter` only the updates.
+    """Teach `source` the records in `paths`, and write what it became to `out`.
 
-    With `resume`, go on from the state in `out` to exactly what an uninterrupted run would have come to. `on_model` is
-    shown the model, updates and all, before its first step.
+    With `resume`, go on from the state in `out` to exactly what an uninterrupted run would have come to, or begin where
+    there is no run yet. `on_model` is shown the model, updates and all, before its first step.
     Raises OutputExistsError, UsageError, DataError, CheckpointError, TrainingError; KeyboardInterrupt saves the state.
     """
     out = Path(out)
-    check_output(out, resume=resume, force=force)
-    _check_options(config, adapter=adapter)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("fine-tuning runs in one process; start it without torchrun")
+    resumed = check_output(out, resume=resume, force=force, on_message=on_message)
     set_up_torch(config)
     records = read_records(paths, skip_bad=skip_bad)
     lesson = _prepare(source, records, config, on_message)
     torch.manual_seed(config.seed)
     model = _model(source, config)
-    if resume:
-        check_same_run(out, config, lesson.identity)
+    if resumed:
+        reopen_run(out, config, lesson.identity)
     else:
         begin_run(out, config, lesson.identity, lambda folder: None)
     trained: nn.Module = RoundedLoss(model) if config.qat else model
-    trainer = Trainer(lesson.limited(config), trained, lesson.batches, folder=out / STATE, metrics=out / METRICS)
-    if resume:
+    trainer = Trainer(
+        lesson.limited(config),
+        trained,
+        lesson.batches,
+        folder=out / STATE,
+        metrics=out / METRICS,
+        on_message=on_message,
+    )
+    if resumed:
         resume_trainer(trainer, out, on_message)
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     on_message(
@@ -116,17 +124,18 @@ def finetune(
     if on_model is not None:
         on_model(model, _tokenizer(source))
     trainer.train(on_step)
-    if adapter and CHAT_TEMPLATE not in source.side_files and CHAT_TEMPLATE in lesson.side_files:
+    if config.adapter and CHAT_TEMPLATE not in source.side_files and CHAT_TEMPLATE in lesson.side_files:
         on_message(
             f"template: copy {out / CHAT_TEMPLATE} into the model's folder before you export it with --lora-inputs"
         )
-    put_checkpoint(out, lambda folder: _write(folder, source, model, lesson, config, adapter=adapter))
+    put_checkpoint(out, lambda folder: _write(folder, source, model, lesson, config))
     return FinetuneResult(
         checkpoint=out,
         examples=lesson.examples,
         truncated=lesson.truncated,
         left_out=len(records.bad),
         steps=trainer.step,
+        weights_step=trainer.weights_step,
         tokens_seen=trainer.tokens_seen,
         loss=trainer.loss,
         val_loss=trainer.val_loss,
@@ -136,17 +145,6 @@ def finetune(
         trained_parameters=count,
         precision=trainer.precision,
     )
-
-
-def _check_options(config: FinetuneConfig, *, adapter: bool) -> None:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError("fine-tuning runs in one process; start it without torchrun")
-    if adapter and not config.lora_rank:
-        raise UsageError("an adapter holds LoRA's updates, and lora_rank is 0; leave out --adapter, or set a rank")
-    if adapter and config.qat:
-        raise UsageError(
-            f"--qat {config.qat} rounds whole weights, which an adapter does not hold; leave out --adapter"
-        )
 
 
 # ---- what is learned -----------------------------------------------------------------------------------------------
@@ -249,10 +247,8 @@ def _model(source: Checkpoint, config: FinetuneConfig) -> GPT:
     return model
 
 
-def _write(
-    folder: Path, source: Checkpoint, model: GPT, lesson: _Lesson, config: FinetuneConfig, *, adapter: bool
-) -> None:
-    if adapter:
+def _write(folder: Path, source: Checkpoint, model: GPT, lesson: _Lesson, config: FinetuneConfig) -> None:
+    if config.adapter:
         for name, content in lesson.side_files.items():
             (folder / name).write_bytes(content)
         made = Adapter(updates(model), lesson.identity["source_sha256"])

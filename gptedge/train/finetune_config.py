@@ -35,6 +35,8 @@ class FinetuneConfig(LoopConfig):
     """Updates are multiplied by lora_alpha / lora_rank."""
     lora_targets: tuple[str, ...] | None = None
     """Layers of each block that get one, of q, k, v, o, gate, up, down; None is all that there are."""
+    adapter: bool = False
+    """Write the updates alone, in PEFT's format, rather than the whole model."""
     validation_fraction: float = 0.0
     """Of the examples, held out to measure the loss on, and not learned."""
     embedding_scale: float = 1.0
@@ -46,6 +48,12 @@ class FinetuneConfig(LoopConfig):
             object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
         if self.batch_size is None:
             raise UsageError("batch_size is None; it must be a whole number from 1 to 1.04858e+06")
+        if self.adapter and not self.lora_rank:
+            raise UsageError("an adapter holds LoRA's updates, and lora_rank is 0; leave out --adapter, or set a rank")
+        if self.adapter and self.qat:
+            raise UsageError(
+                f"--qat {self.qat} rounds whole weights, which an adapter does not hold; leave out --adapter"
+            )
 
     @property
     def peak_learning_rate(self) -> float:

@@ -16,32 +16,42 @@ from typing import Any, TypeVar
 
 from gptedge.checkpoint import CONFIG, SIDE_FILES, WEIGHTS, WEIGHTS_INDEX, read_json_object
 from gptedge.errors import CheckpointError, OutputExistsError, UsageError
-from gptedge.files import new_folder, write_json
+from gptedge.files import new_file, new_folder, write_json
 from gptedge.lora_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from gptedge.train.settings import RESUMABLE_CHANGES, LoopConfig
 from gptedge.train.state import discard_after, load_state
-from gptedge.train.trainer import Trainer, cut_metrics
+from gptedge.train.trainer import OnMessage, Trainer, cut_metrics
 
 STATE, METRICS, RUN = "state", "metrics.jsonl", "run.json"
 
-OnMessage = Callable[[str], None]
 Config = TypeVar("Config", bound=LoopConfig)
 
 
-def check_output(out: Path, *, resume: bool, force: bool) -> None:
-    """Before anything is done. Raises CheckpointError, UsageError, OutputExistsError."""
-    if resume:
-        _check_run(out)
+def check_output(out: Path, *, resume: bool, force: bool, on_message: OnMessage) -> bool:
+    """Before anything is done: whether to go on with the run in `out`, rather than to begin one.
+
+    Raises CheckpointError, UsageError, OutputExistsError.
+    """
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file, and the output is a folder; choose another output")
+    there = _has_run(out)
     if out.exists() and not (resume or force):
-        hint = "go on with it by --resume, " if (out / STATE / RUN).is_file() else ""
+        hint = "go on with it by --resume, " if there else ""
         raise OutputExistsError(f"{out} exists already; {hint}choose another output or add --force")
+    if resume and not there:
+        if not (force or _is_fresh(out)):
+            raise CheckpointError(f"cannot resume: {out} holds no run; choose another output or add --force")
+        on_message(f"{out} holds no run yet: beginning")
+    return resume and there
 
 
-def _check_run(out: Path) -> None:
-    if not (out / STATE / RUN).is_file():
-        raise CheckpointError(f"cannot resume: {out / STATE} holds no run; start one without --resume")
+def _has_run(out: Path) -> bool:
+    return (out / STATE / RUN).is_file()
+
+
+def _is_fresh(out: Path) -> bool:
+    """With nothing in it but what a run leaves that was killed as it began."""
+    return not out.exists() or all(path.name.startswith(f".{STATE}.") for path in out.iterdir())
 
 
 def begin_run(out: Path, config: LoopConfig, identity: Mapping[str, str], save: Callable[[Path], None]) -> None:
@@ -56,18 +66,23 @@ def begin_run(out: Path, config: LoopConfig, identity: Mapping[str, str], save: 
 
 
 def saved_config(out: Path, kind: type[Config], overrides: Mapping[str, Any] | None = None) -> Config:
-    """The configuration of the run in `out`, with what is not None in `overrides`: what to resume it with."""
-    _check_run(Path(out))
+    """What to resume the run in `out` with: its configuration, with what is not None in `overrides`.
+
+    Where there is no run yet, that of a new one.
+    """
     path = Path(out) / STATE / RUN
-    settings = read_json_object(path).get("config")
+    settings = read_json_object(path).get("config") if _has_run(Path(out)) else {}
     if not isinstance(settings, dict):
-        raise CheckpointError(f"{path} has no config; start the run again without --resume")
+        raise CheckpointError(f"{path} has no config; start the run again with --force instead of --resume")
     given = {name: value for name, value in (overrides or {}).items() if value is not None}
     return kind.from_dict(settings | given, where=str(path))
 
 
-def check_same_run(out: Path, config: LoopConfig, identity: Mapping[str, str]) -> None:
-    """Refuses another configuration, or another identity, than the run in `out` began with."""
+def reopen_run(out: Path, config: LoopConfig, identity: Mapping[str, str]) -> None:
+    """Refuses another configuration, or another identity, than the run in `out` began with.
+
+    What may differ is written down, so that resuming once more goes on with it.
+    """
     before = saved_config(out, type(config))
     for name, value in config.to_dict().items():
         old = getattr(before, name)
@@ -78,6 +93,8 @@ def check_same_run(out: Path, config: LoopConfig, identity: Mapping[str, str]) -
         if saved.get(name) != digest:
             noun = name.removesuffix("_sha256").replace("_", " ")
             raise CheckpointError(f"cannot resume: the {noun} is not what the run in {out} began with")
+    with new_file(out / STATE / RUN) as work:
+        write_json(work, saved | {"config": config.to_dict()})
 
 
 def resume_trainer(trainer: Trainer, out: Path, on_message: OnMessage) -> None:
@@ -85,7 +102,12 @@ def resume_trainer(trainer: Trainer, out: Path, on_message: OnMessage) -> None:
     state = load_state(out / STATE, on_message)
     if state is not None:
         trainer.restore(state)
-        on_message(f"resuming after step {trainer.step:,}")
+        on_message(
+            f"the run had ended at step {trainer.step:,} already: its weights are written again; "
+            f"give a larger {trainer.used_up} to go on"
+            if trainer.is_done
+            else f"resuming after step {trainer.step:,}"
+        )
     else:
         on_message("the run had saved no state yet: beginning again at its first step")
     if trainer.processes.leads:

@@ -7,10 +7,11 @@ between processors and NCCL between GPUs. A state is written whole, so that any 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from datetime import timedelta
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -20,10 +21,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 
-from gptedge.errors import UsageError
+from gptedge.errors import GptEdgeError, UsageError
 from gptedge.train.batches import Batch
 
 T = TypeVar("T")
+
+_PATIENCE = timedelta(days=7)  # the others wait while the first process tokenizes
 
 
 def choose_device(local_rank: int = 0) -> torch.device:
@@ -63,12 +66,25 @@ class Processes:
         dist.all_gather(found, mine)
         return [float(t) for t in found]
 
-    def from_leader(self, value: T) -> T:
-        """The leader's value, in every process."""
-        values = [value]
-        if self.world > 1:
-            dist.broadcast_object_list(values)
-        return values[0]
+    def from_leader(self, make: Callable[[], T]) -> T:
+        """What `make` gives in the leader, in every process; where it raises a GptEdgeError, that.
+
+        The others wait meanwhile.
+        """
+        if self.world == 1:
+            return make()
+        made: list[T | GptEdgeError | None] = [None]
+        if self.leads:
+            try:
+                made = [make()]
+            except GptEdgeError as e:
+                made = [e]
+        dist.broadcast_object_list(made)
+        value = made[0]
+        if isinstance(value, GptEdgeError):
+            value.is_reported = not self.leads
+            raise value
+        return cast(T, value)
 
     def parts(self, batch: Batch, count: int) -> list[tuple[Batch, float]]:
         """This process's rows in `count` parts, and each part's share of all the batch's scored targets.
@@ -111,7 +127,7 @@ def processes(*, shard: bool = False) -> Iterator[Processes]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
     try:
         yield Processes(dist.get_rank(), world, device, shard)
     finally:

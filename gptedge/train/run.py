@@ -25,12 +25,11 @@ from gptedge.train.model import GPT
 from gptedge.train.output import (
     METRICS,
     STATE,
-    OnMessage,
     begin_run,
     check_output,
-    check_same_run,
     precision_line,
     put_checkpoint,
+    reopen_run,
     resume_trainer,
 )
 from gptedge.train.parts import set_up_torch
@@ -39,7 +38,7 @@ from gptedge.train.processes import Processes, processes, whole
 from gptedge.train.qat import RoundedLoss, fake_quantize, refresh, refresh_is_due, rounded_weights
 from gptedge.train.sample import OnModel
 from gptedge.train.stdlib import stdlib_corpus
-from gptedge.train.trainer import OnStep, StepReport, Trainer
+from gptedge.train.trainer import OnMessage, OnStep, StepReport, Trainer
 from gptedge.train.utilisation import flops_per_token, peak_flops
 from gptedge.train.windows import RandomWindows
 
@@ -50,6 +49,8 @@ class TrainResult:
     tokens: Path
     """The folder of what it was trained on and of what was held out (`data.TokenData`), in the user's cache."""
     steps: int
+    weights_step: int
+    """The step whose weights were written: the last, or under patience that of the lowest validation loss."""
     tokens_seen: int
     loss: float
     """Of the last step, in nats per token."""
@@ -66,12 +67,11 @@ class TrainResult:
 
 @dataclass(frozen=True)
 class _Run:
-    """What a run has settled before its first step; a resumed one finds the tokenizer in OUT/state."""
+    """What the leading process has settled before the first step; the tokenizer is in OUT/state."""
 
-    tokenizer: Tokenizer
     tokens: Path
-    data: TokenData
     model: ModelConfig
+    resumed: bool
 
 
 def run_training(
@@ -89,7 +89,8 @@ def run_training(
 ) -> TrainResult:
     """Train on the text in `paths` (None: Python's own documentation) and write a checkpoint to `out`.
 
-    With `resume`, go on from the state in `out` to exactly what an uninterrupted run would have come to. With
+    With `resume`, go on from the state in `out` to exactly what an uninterrupted run would have come to, or begin where
+    there is no run yet. With
     `skip_bad`, broken lines of JSONL are left out and counted. In processes that torchrun started, each takes its rows
     of every batch, and with `shard` its part of weights and optimizer; the first one alone reports and writes.
     `on_model` is shown what is about to be trained, where one process holds all of it.
@@ -118,33 +119,39 @@ def _train(
     on_message: OnMessage,
     on_model: OnModel | None,
 ) -> TrainResult:
-    run = None
-    if these.leads:  # the others wait in from_leader
-        check_output(out, resume=resume, force=force)
+    def settle() -> _Run:
+        resumed = check_output(out, resume=resume, force=force, on_message=on_message)
         corpus: Corpus = _stdlib if paths is None else Files(paths, skip_bad=skip_bad)
         scanned = scan_text(corpus, on_message)
-        run = (_reopen if resume else _begin)(out, config, corpus, scanned, on_message)
-    run = _shared(run, out, these)
+        tokens, model = (_reopen if resumed else _begin)(out, config, corpus, scanned, on_message)
+        return _Run(tokens, model, resumed)
+
+    run = these.from_leader(settle)
+    tokenizer, data = Tokenizer.from_folder(out / STATE), TokenData.load(run.tokens)
     torch.manual_seed(config.seed)
     model = GPT(run.model, dropout=config.dropout, z_loss=config.z_loss)
     parameters = model.n_parameters()
     if config.qat:
         fake_quantize(model, config.qat)
-    trainer = _make_trainer(out, run, config, model, these)
-    if resume:
+    trained = RoundedLoss(model) if config.qat else model
+    windows = _windows(config, data)
+    trainer = Trainer(
+        config, trained, windows, folder=out / STATE, metrics=out / METRICS, processes=these, on_message=on_message
+    )
+    if run.resumed:
         resume_trainer(trainer, out, on_message)
     on_message(f"model: {parameters:,} parameters; {precision_line(trainer)}; {these.describe()}")
     if on_model is not None:
-        on_model(model, run.tokenizer)
+        on_model(model, tokenizer)
     trainer.train(_refreshing(model, trainer, on_step) if config.qat else on_step)
     weights = whole(rounded_weights(model) if config.qat else model.state_dict())
-    if these.leads:
-        _write(out, run, weights)
+    these.from_leader(lambda: _write(out, run.model, tokenizer, weights))
     speed = trainer.tokens_seen / trainer.elapsed_s
     return TrainResult(
         checkpoint=out,
         tokens=run.tokens,
         steps=trainer.step,
+        weights_step=trainer.weights_step,
         tokens_seen=trainer.tokens_seen,
         loss=trainer.loss,
         val_loss=trainer.val_loss,
@@ -161,21 +168,27 @@ def _train(
 # ---- beginning -----------------------------------------------------------------------------------------------------
 
 
-def _begin(out: Path, config: TrainConfig, corpus: Corpus, scanned: Scan, on_message: OnMessage) -> _Run:
+_Settled = tuple[Path, ModelConfig]
+"""The folder of the tokens, and the shape of the model."""
+
+
+def _begin(out: Path, config: TrainConfig, corpus: Corpus, scanned: Scan, on_message: OnMessage) -> _Settled:
     """Learn a vocabulary, tokenize, and write down what the run is, all before OUT changes."""
     tokenizer = learn_tokenizer(corpus, scanned, config.recipe.vocab_size, on_message)
-    run = _settle(config, corpus, scanned, tokenizer, on_message)
+    settled = _settle(config, corpus, scanned, tokenizer, on_message)
     begin_run(out, config, _identity(scanned), lambda folder: tokenizer.save(folder / TOKENIZER))
-    return run
+    return settled
 
 
-def _reopen(out: Path, config: TrainConfig, corpus: Corpus, scanned: Scan, on_message: OnMessage) -> _Run:
+def _reopen(out: Path, config: TrainConfig, corpus: Corpus, scanned: Scan, on_message: OnMessage) -> _Settled:
     """What `_begin` came to; refuses another configuration or other text than the run began with."""
-    check_same_run(out, config, _identity(scanned))
+    reopen_run(out, config, _identity(scanned))
     return _settle(config, corpus, scanned, Tokenizer.from_folder(out / STATE), on_message)
 
 
-def _settle(config: TrainConfig, corpus: Corpus, scanned: Scan, tokenizer: Tokenizer, on_message: OnMessage) -> _Run:
+def _settle(
+    config: TrainConfig, corpus: Corpus, scanned: Scan, tokenizer: Tokenizer, on_message: OnMessage
+) -> _Settled:
     recipe = config.recipe
     folder, data = tokenize(
         corpus, scanned, tokenizer, validation_fraction=config.validation_fraction, on_message=on_message
@@ -183,7 +196,7 @@ def _settle(config: TrainConfig, corpus: Corpus, scanned: Scan, tokenizer: Token
     require_length(data.train, recipe.context_length)
     if len(data.train) < (batch := recipe.batch_size * recipe.context_length):
         on_message(f"note: the text has fewer tokens than one step's batch, {batch:,}; it will be learned by heart")
-    return _Run(tokenizer, folder, data, recipe.model(vocab_size=tokenizer.vocab_size))
+    return folder, recipe.model(vocab_size=tokenizer.vocab_size)
 
 
 def _identity(scanned: Scan) -> dict[str, str]:
@@ -194,27 +207,15 @@ def _stdlib() -> Iterator[Piece]:
     return (Piece(text, True) for text in stdlib_corpus())
 
 
-def _shared(run: _Run | None, out: Path, these: Processes) -> _Run:
-    """What the leader settled, in every process; the tokens are read from its files."""
-    told = these.from_leader(None if run is None else (run.tokens, run.model))
-    if run is not None:
-        return run
-    assert told is not None, "the leader has settled it"
-    tokens, model = told
-    return _Run(Tokenizer.from_folder(out / STATE), tokens, TokenData.load(tokens), model)
-
-
-def _make_trainer(out: Path, run: _Run, config: TrainConfig, model: GPT, these: Processes) -> Trainer:
+def _windows(config: TrainConfig, data: TokenData) -> RandomWindows:
     recipe = config.recipe
-    windows = RandomWindows(
-        run.data,
+    return RandomWindows(
+        data,
         batch_size=recipe.batch_size,
         context=recipe.context_length,
         eval_windows=config.eval_windows,
         seed=config.seed,
     )
-    trained = RoundedLoss(model) if config.qat else model
-    return Trainer(config, trained, windows, folder=out / STATE, metrics=out / METRICS, processes=these)
 
 
 def _refreshing(model: GPT, trainer: Trainer, on_step: OnStep) -> OnStep:
@@ -242,11 +243,11 @@ def _tokenizer_config(context_length: int) -> dict[str, Any]:
     }
 
 
-def _write(out: Path, run: _Run, weights: dict[str, torch.Tensor]) -> None:
+def _write(out: Path, model: ModelConfig, tokenizer: Tokenizer, weights: dict[str, torch.Tensor]) -> None:
     side_files = {
         TOKENIZER: (out / STATE / TOKENIZER).read_bytes(),
-        TOKENIZER_CONFIG: json.dumps(_tokenizer_config(run.model.context_length), indent=2).encode() + b"\n",
+        TOKENIZER_CONFIG: json.dumps(_tokenizer_config(model.context_length), indent=2).encode() + b"\n",
     }
     arrays = {name: tensor.numpy() for name, tensor in weights.items()}
-    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end_of_text(run.tokenizer))
-    put_checkpoint(out, lambda folder: write_checkpoint(folder, run.model, arrays, side_files, token_ids=ids))
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end_of_text(tokenizer))
+    put_checkpoint(out, lambda folder: write_checkpoint(folder, model, arrays, side_files, token_ids=ids))

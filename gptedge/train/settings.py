@@ -21,11 +21,14 @@ Bounds = dict[str, tuple[type, float, float]]
 QAT_RECIPES = {"int4": "int4-rtn", "int8": "int8-weight"}
 """Roundings that can be trained with, and the data-free recipe of `quantize` that each is for."""
 
-# May differ when a run is resumed: they say how far to go, what to report and how to share the work of a step out.
-RESUMABLE_CHANGES = frozenset({"max_steps", "max_seconds", "eval_every", "save_every", "keep_states", "patience"}) | {
+# May differ when a run is resumed: they say how far to go, what to report, how to share the work of a step out, and how
+# large steps are, which a loss that is not a number asks to change.
+RESUMABLE_CHANGES = frozenset({"max_steps", "max_seconds", "patience", "eval_every", "save_every", "keep_states"}) | {
     "threads",
     "grad_accumulation",
     "compile",
+    "learning_rate",
+    "grad_clip",
 }
 
 

@@ -1,6 +1,6 @@
 """The state of a run on disk: enough to go on as if it had never stopped, and never half of it.
 
-    state/run.json  tokenizer.json                written once, when the run begins
+    state/run.json  tokenizer.json                written when the run begins; run.json again when it is resumed
     state/step-00000500.pt  step-00001000.pt      weights, optimizer, random generators, counts
     state/best.pt                                 weights at the lowest validation loss
 
@@ -27,16 +27,14 @@ _BEST = "best.pt"
 def save_state(folder: Path, state: State, *, step: int, keep: int) -> Path:
     """Write the state of a step, then remove all but the latest `keep`."""
     path = folder / f"step-{step:08d}.pt"
-    with new_file(path) as work:
-        torch.save(state, work)
+    _write(path, state)
     for old in _states(folder)[:-keep]:
         old.unlink()
     return path
 
 
 def save_best(folder: Path, state: State) -> None:
-    with new_file(folder / _BEST) as work:
-        torch.save(state, work)
+    _write(folder / _BEST, state)
 
 
 def load_best(folder: Path) -> State | None:
@@ -59,7 +57,8 @@ def load_state(folder: Path, on_message: Callable[[str], None]) -> State | None:
         damaged.append(path)
     if damaged:
         raise CheckpointError(
-            f"cannot resume: all {len(damaged)} states are damaged in {folder}; start again without --resume"
+            f"cannot resume: all {len(damaged)} states are damaged in {folder}; "
+            f"start again with --force instead of --resume"
         )
     return None
 
@@ -83,6 +82,14 @@ def _states(folder: Path) -> list[Path]:
 
 def _step_of(path: Path) -> int:
     return int(path.stem.partition("-")[2])
+
+
+def _write(path: Path, state: State) -> None:
+    with new_file(path) as work, work.open("wb") as f:
+        try:
+            torch.save(state, f)
+        except RuntimeError as e:  # what torch makes of a full disk
+            raise (e.__context__ if isinstance(e.__context__, OSError) else e) from None
 
 
 def _read(path: Path) -> State | None:

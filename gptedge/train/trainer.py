@@ -56,6 +56,7 @@ class StepReport:
 
 
 OnStep = Callable[[StepReport], None]
+OnMessage = Callable[[str], None]
 
 
 # ---- the loop ------------------------------------------------------------------------------------------------------
@@ -73,6 +74,7 @@ class Trainer:
         folder: Path,
         metrics: Path,
         processes: Processes | None = None,
+        on_message: OnMessage = lambda message: None,
     ) -> None:
         """`model` has a loss as `Objective` says; its parameters that require a gradient are trained.
 
@@ -83,7 +85,7 @@ class Trainer:
         self.processes = processes = processes or Processes()
         processes.prepare(model)
         self.model, self.objective = model.train(), _wrapped(model, config, processes)
-        self.folder, self.metrics = folder, metrics
+        self.folder, self.metrics, self.on_message = folder, metrics, on_message
         self.optimizer = make_optimizer(model, config)
         self.precision = choose_precision(config.precision, processes.device.type)
         self.budget = Budget(config.step_limit, config.max_seconds)
@@ -96,11 +98,22 @@ class Trainer:
         self.loss = math.nan
         self.val_loss: float | None = None
         self.best_val_loss, self.best_step, self.waited = math.inf, 0, 0
+        self.weights_step = 0
+        """Of the weights that the model has once it is trained."""
 
     @property
     def is_done(self) -> bool:
-        patient = not self.config.patience or self.waited < self.config.patience
-        return not patient or self.budget.progress(self.step, self.elapsed_s) >= 1
+        return bool(self.used_up)
+
+    @property
+    def used_up(self) -> str:
+        """The setting that ends the run now; "" where it goes on."""
+        if self.config.patience and self.waited >= self.config.patience:
+            return "patience"
+        if self.budget.progress(self.step, self.elapsed_s) < 1:
+            return ""
+        limit = self.budget.max_steps
+        return "--max-steps" if limit is not None and self.step >= limit else "--max-seconds"
 
     def train(self, on_step: OnStep) -> None:
         """Go on until budget or patience is used up; with patience, the best weights are the model's in the end.
@@ -120,8 +133,10 @@ class Trainer:
                 if stop or self.is_done or (self.config.save_every and self.step % self.config.save_every == 0):
                     self._save()
                 if stop:
+                    self.on_message(f"step {self.step:,} is saved; go on with --resume")
                     raise KeyboardInterrupt
-        if self.config.patience and self.best_step < self.step:
+        self.weights_step = self.step
+        if self.config.patience and 0 < self.best_step < self.step:
             self._take_best()
 
     def _step(self) -> StepReport:
@@ -172,14 +187,21 @@ class Trainer:
 
     def _save(self) -> None:
         state = self.state()
-        if self.processes.leads:
+        self._write(lambda: save_state(self.folder, state, step=self.step, keep=self.config.keep_states))
+
+    def _write(self, save: Callable[[], object]) -> None:
+        """By the leading process; all end where it cannot."""
+
+        def written() -> None:
             try:
-                save_state(self.folder, state, step=self.step, keep=self.config.keep_states)
-            except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
+                save()
+            except OSError as e:
                 raise self._cannot_write(self.folder, e) from None
 
-    def _cannot_write(self, path: Path, error: Exception) -> TrainingError:
-        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        self.processes.from_leader(written)
+
+    def _cannot_write(self, path: Path, error: OSError) -> TrainingError:
+        reason = error.strerror or error
         return TrainingError(
             f"step {self.step}: {path} cannot be written: {reason}; {self._kept()}; make room and go on with --resume"
         )
@@ -191,11 +213,13 @@ class Trainer:
     def _check_finite(self, loss: float, norm: float, rate: float) -> None:
         if math.isfinite(loss) and math.isfinite(norm):
             return
-        raise TrainingError(
+        error = TrainingError(
             f"step {self.step + 1}: the loss is {loss:g} and its gradient's norm {norm:g}, at a learning rate of "
             f"{rate:.2g}; {self._kept()}; "
-            f"train again with a lower learning_rate than {self.config.peak_learning_rate:g}"
+            f"go on with --resume and a --learning-rate below {self.config.peak_learning_rate:g}"
         )
+        error.is_reported = not self.processes.leads  # all find the same
+        raise error
 
     def _validate(self) -> float | None:
         """Measure, and keep the weights where they are the best so far."""
@@ -207,18 +231,20 @@ class Trainer:
         if self.val_loss < self.best_val_loss:
             self.best_val_loss, self.best_step, self.waited = self.val_loss, self.step, 0
             weights = whole(trained_state(self.model))
-            if self.processes.leads:
-                try:
-                    save_best(self.folder, {"model": weights, "step": self.step, "val_loss": self.val_loss})
-                except (OSError, RuntimeError) as e:
-                    raise self._cannot_write(self.folder, e) from None
+            best = {"model": weights, "step": self.step, "val_loss": self.val_loss}
+            self._write(lambda: save_best(self.folder, best))
         return self.val_loss
 
     def _take_best(self) -> None:
         best = load_best(self.folder)
-        if best is not None and best["step"] == self.best_step:
-            load_trained_state(self.model, best["model"])
-            self.val_loss = self.best_val_loss
+        if best is None or best["step"] != self.best_step:
+            self.on_message(
+                f"warning: the best weights, of step {self.best_step:,}, are damaged or missing in {self.folder}; "
+                f"those of step {self.step:,} are written instead"
+            )
+            return
+        load_trained_state(self.model, best["model"])
+        self.val_loss, self.weights_step = self.best_val_loss, self.best_step
 
     def state(self) -> State:
         """Everything that the next steps depend on, and that the run began with neither in files nor by its seed."""

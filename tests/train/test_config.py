@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from gptedge.errors import UsageError
 from gptedge.train.config import TrainConfig
 from gptedge.train.describe import markdown, preset_rows, setting_rows
 from gptedge.train.presets import PRESETS
+from gptedge.train.settings import RESUMABLE_CHANGES
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -121,3 +123,10 @@ def test_every_setting_is_described() -> None:
     for name, default, _bounds, what in setting_rows()[1:]:
         assert len(what) > 10, name
         assert default
+
+
+def test_docs_name_what_may_change_when_a_run_is_resumed() -> None:
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    (said,) = [part for part in page.split("\n\n") if "may be given anew" in part]
+    named = set(re.findall(r"`(\w+)`", said.partition("may be given anew")[0]))
+    assert named == RESUMABLE_CHANGES

@@ -108,7 +108,7 @@ def test_plain_text_needs_no_template(source: Checkpoint, tmp_path: Path) -> Non
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_an_adapter_is_the_merged_model_less_its_base(source: Checkpoint, facts: Path, tmp_path: Path) -> None:
     for name, adapter in (("merged", False), ("adapter", True)):
-        finetune(source, [facts], tmp_path / name, config=SHORT, adapter=adapter)
+        finetune(source, [facts], tmp_path / name, config=replace(SHORT, adapter=adapter))
     assert sorted(p.name for p in (tmp_path / "adapter").iterdir()) == [
         "adapter_config.json", "adapter_model.safetensors", "generation_config.json", "metrics.jsonl", "state",
         "tokenizer.json", "tokenizer_config.json",
@@ -206,12 +206,9 @@ def test_other_data_or_another_model_is_not_gone_on_with(
         ({"qat": "int4"}, "--qat int4 rounds whole weights"),
     ],
 )
-def test_adapters_that_cannot_be(
-    changes: dict[str, Any], message: str, source: Checkpoint, facts: Path, tmp_path: Path
-) -> None:
+def test_adapters_that_cannot_be(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        finetune(source, [facts], tmp_path / "m", config=replace(SHORT, **changes), adapter=True)
-    assert not (tmp_path / "m").exists()
+        replace(SHORT, adapter=True, **changes)
 
 
 def test_several_processes_are_refused(
@@ -296,6 +293,20 @@ def test_the_commands_from_data_to_a_running_adapter(
     assert told(capsys, *ask)["text"] != answer
 
 
+def test_a_resumed_adapter_stays_one(
+    tiny_checkpoint: Path, facts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ("finetune", tiny_checkpoint, "--data", facts, "--threads", 1)
+    told(capsys, *command, "--out", tmp_path / "m", "--adapter", "--max-steps", 1)
+    assert told(capsys, *command, "--out", tmp_path / "m", "--resume", "--max-steps", 2)["steps"] == 2
+    assert told(capsys, *command, "--out", tmp_path / "m", "--resume")["steps"] == 2
+    assert (tmp_path / "m" / "adapter_config.json").exists()
+    assert not (tmp_path / "m" / "config.json").exists()
+    assert told(capsys, *command, "--out", tmp_path / "n", "--resume", "--max-steps", 1)["weights_step"] == 1
+    refused = told(capsys, *command, "--out", tmp_path / "n", "--resume", "--adapter")
+    assert refused == (2, "cannot resume with adapter True: the run began with False; leave it as it was")
+
+
 @pytest.mark.parametrize("qat", [(), ("--qat", "int4")], ids=["plain", "rounded"])
 def test_a_watched_run_writes_what_one_alone_writes(
     qat: tuple[str, ...], tiny_checkpoint: Path, facts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -319,7 +330,6 @@ def test_a_watched_run_writes_what_one_alone_writes(
         (("--lora-rank", -1), 2, "lora_rank is -1"),
         (("--lora-targets", "q,x"), 2, "lora targets: 'x' is not a layer of this model"),
         (("--qat", "int3"), 2, "qat is 'int3'"),
-        (("--resume",), 1, "holds no run; start one without --resume"),
     ],
 )
 def test_wrong_flags_leave_nothing(

@@ -22,6 +22,7 @@ from gptedge.train.model import GPT
 from gptedge.train.output import saved_config
 from gptedge.train.run import run_training
 from gptedge.train.trainer import StepReport
+from tests.train.conftest import TINY
 
 TIMES = ("tokens_per_second", "elapsed_s", "eta_s")
 
@@ -134,9 +135,11 @@ def test_a_crashed_run_goes_on_to_the_same_bytes(whole: Path, texts: Path, tiny:
 
 
 def test_ctrl_c_saves_the_step_it_came_in(whole: Path, texts: Path, tiny: TrainConfig, tmp_path: Path) -> None:
+    messages: list[str] = []
     with pytest.raises(KeyboardInterrupt):
-        run_training([texts], tmp_path / "m", config=tiny, on_step=interrupt_at(7))
+        run_training([texts], tmp_path / "m", config=tiny, on_step=interrupt_at(7), on_message=messages.append)
     assert (tmp_path / "m" / "state" / "step-00000007.pt").exists()
+    assert messages[-1] == "step 7 is saved; go on with --resume"
     run_training([texts], tmp_path / "m", config=tiny, resume=True)
     assert outcome(tmp_path / "m") == outcome(whole)
 
@@ -170,7 +173,7 @@ def test_a_state_that_would_run_code_is_not_read(texts: Path, tiny: TrainConfig,
     crash(texts, tmp_path / "m", tiny)
     for state in (tmp_path / "m" / "state").glob("*.pt"):
         torch.save({"step": Hostile(tmp_path / "ran")}, state)
-    with pytest.raises(CheckpointError, match=r"cannot resume: all 2 states are damaged in .*state"):
+    with pytest.raises(CheckpointError, match=r"cannot resume: all 2 states are damaged in .*state; .* --force"):
         run_training([texts], tmp_path / "m", config=tiny, resume=True)
     assert not (tmp_path / "ran").exists()
 
@@ -178,8 +181,21 @@ def test_a_state_that_would_run_code_is_not_read(texts: Path, tiny: TrainConfig,
 def test_resuming_what_is_no_run_is_refused(texts: Path, tiny: TrainConfig, tmp_path: Path) -> None:
     crash(texts, tmp_path / "m", tiny)
     (tmp_path / "m" / "state" / "run.json").unlink()
-    with pytest.raises(CheckpointError, match=r"cannot resume: .*holds no run"):
+    with pytest.raises(CheckpointError, match=r"cannot resume: .*holds no run; choose another output or add --force"):
         run_training([texts], tmp_path / "m", config=tiny, resume=True)
+
+
+@pytest.mark.parametrize("left", [None, "", ".state.99999999-0123abcd.partial"], ids=["absent", "empty", "partial"])
+def test_a_run_that_was_killed_before_it_began_begins(
+    left: str | None, texts: Path, tiny: TrainConfig, tmp_path: Path
+) -> None:
+    out, messages = tmp_path / "m", list[str]()
+    if left is not None:
+        (out / left).mkdir(parents=True)
+    config = saved_config(out, TrainConfig, {**TINY, "max_steps": 2})
+    assert run_training([texts], out, config=config, resume=True, on_message=messages.append).steps == 2
+    assert messages[0] == f"{out} holds no run yet: beginning"
+    assert not list(out.glob(".*"))
 
 
 def test_a_run_that_ended_before_its_first_state_begins_again(
@@ -202,6 +218,25 @@ def test_a_finished_run_can_be_taken_further(whole: Path, texts: Path, tiny: Tra
     )
     assert result.steps == 8
     assert [line["step"] for line in outcome(out)[1]] == list(range(1, 9))
+
+
+def test_a_run_taken_further_stays_so_when_it_is_resumed_once_more(
+    texts: Path, tiny: TrainConfig, tmp_path: Path
+) -> None:
+    out, messages = tmp_path / "m", list[str]()
+    run_training([texts], out, config=replace(tiny, max_steps=5))
+    further = saved_config(out, TrainConfig, {"max_steps": 12, "learning_rate": 5e-3})
+    with pytest.raises(Crash):
+        run_training([texts], out, config=further, resume=True, on_step=crash_at(11))
+    result = run_training([texts], out, config=saved_config(out, TrainConfig), resume=True, on_message=messages.append)
+    assert result.steps == 12
+    assert "resuming after step 10" in messages
+    assert outcome(out)[1][-1]["learning_rate"] == pytest.approx(0.05 * 5e-3)
+    before = outcome(out)
+    run_training([texts], out, config=saved_config(out, TrainConfig), resume=True, on_message=messages.append)
+    ended = "the run had ended at step 12 already: its weights are written again; give a larger --max-steps to go on"
+    assert ended in messages
+    assert outcome(out) == before
 
 
 def test_a_run_is_not_resumed_with_other_settings_or_other_text(texts: Path, tiny: TrainConfig, tmp_path: Path) -> None:

@@ -131,7 +131,9 @@ def test_a_loss_that_is_no_number_ends_training_and_keeps_the_last_state(
         return honest(self, *batch) * (bad if trainer.step == 12 else 1.0)
 
     monkeypatch.setattr(GPT, "loss", loss)
-    with pytest.raises(TrainingError, match=r"step 13: .*step-00000010\.pt is kept; .*lower learning_rate than 0\.01"):
+    with pytest.raises(
+        TrainingError, match=r"step 13: .*step-00000010\.pt is kept; .*--resume .*--learning-rate below 0\.01"
+    ):
         trainer.train(lambda report: None)
     assert len(calls) > 12
     assert load_state(trainer.folder, print)["step"] == 10
@@ -278,11 +280,22 @@ def test_patience_ends_the_run_and_gives_the_best_weights_back(
     monkeypatch.setattr("gptedge.train.trainer.validation_loss", lambda model, batches: next(told))
     trainer, seen = make(max_steps=100, eval_every=2, patience=2), {}
     trainer.train(lambda report: seen.update({report.step: trainer.model.embed.weight.clone()}))
-    assert (trainer.step, trainer.best_step, trainer.val_loss) == (8, 4, 4.0)
+    assert (trainer.step, trainer.weights_step, trainer.val_loss) == (8, 4, 4.0)
     assert torch.equal(trainer.model.embed.weight, seen[4])
     assert not torch.equal(seen[8], seen[4])
     state = load_state(trainer.folder, print)
     assert torch.equal(state["model"]["embed.weight"], seen[8])  # what a longer run goes on from
+
+
+def test_best_weights_that_are_gone_are_missed_aloud(make: MakeTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    told, messages = iter([5.0, 4.0, 4.5, 4.25]), list[str]()
+    monkeypatch.setattr("gptedge.train.trainer.validation_loss", lambda model, batches: next(told))
+    trainer = make(max_steps=100, eval_every=2, patience=2)
+    trainer.on_message = messages.append
+    trainer.train(lambda report: (trainer.folder / "best.pt").write_bytes(b"torn") if report.step == 8 else None)
+    assert (trainer.weights_step, trainer.val_loss) == (8, 4.25)
+    assert messages[0].startswith("warning: the best weights, of step 4, are damaged or missing in ")
+    assert messages[0].endswith("those of step 8 are written instead")
 
 
 def test_without_patience_the_last_weights_are_the_models(make: MakeTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,7 +303,7 @@ def test_without_patience_the_last_weights_are_the_models(make: MakeTrainer, mon
     monkeypatch.setattr("gptedge.train.trainer.validation_loss", lambda model, batches: next(told))
     trainer, seen = make(max_steps=6, eval_every=2), {}
     trainer.train(lambda report: seen.update({report.step: trainer.model.embed.weight.clone()}))
-    assert (trainer.best_step, trainer.val_loss) == (2, 3.0)
+    assert (trainer.best_step, trainer.weights_step, trainer.val_loss) == (2, 6, 3.0)
     assert torch.equal(trainer.model.embed.weight, seen[6])
 
 
