@@ -38,6 +38,8 @@ class Examples:
     items: list[Example]
     truncated: int
     """Conversations that lost their beginning."""
+    dropped: int
+    """Examples in which nothing is left to learn."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,8 @@ class Encoder:
             made = self._conversation(prompt, record)
             truncated += any(len(e.ids) > context + 1 for e in made)
             items += [Example(e.ids[-context - 1 :], e.learned[-context - 1 :]) for e in made]
-        return Examples([e for e in items if e.n_learned], truncated)
+        kept = [e for e in items if e.n_learned]
+        return Examples(kept, truncated, len(items) - len(kept))
 
     def _text(self, text: str, context: int) -> list[Example]:
         """All of it is learned. Pieces share a token: what ends one begins the next."""

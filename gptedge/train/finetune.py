@@ -21,7 +21,7 @@ from torch import nn
 
 from gptedge.chat_template import ChatTemplate, chat_template_of
 from gptedge.checkpoint import CHAT_TEMPLATE, GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG, Checkpoint, weights_id
-from gptedge.errors import CheckpointError, UsageError
+from gptedge.errors import CheckpointError, DataError, UsageError
 from gptedge.family_files import is_stored, write_like
 from gptedge.lora_files import Adapter, write_adapter
 from gptedge.safetensors import FloatArray
@@ -45,7 +45,7 @@ from gptedge.train.packing import PackedExamples
 from gptedge.train.parts import set_up_torch
 from gptedge.train.qat import RoundedLoss, fake_quantize, rounded_weights
 from gptedge.train.sample import OnModel
-from gptedge.train.trainer import OnMessage, OnStep, Trainer
+from gptedge.train.trainer import OnMessage, OnStep, Trainer, check_patience
 
 
 @dataclass(frozen=True)
@@ -178,14 +178,21 @@ def _prepare(source: Checkpoint, records: Records, config: FinetuneConfig, on_me
         on_message(f"template: the model has none for chats; it gets one, {CHAT_TEMPLATE} in OUT")
     context = min(config.context_length, source.config.context_length)
     made = Encoder(tokenizer, template, ends).examples(records.items, context)
-    held_out, kept = _split(made.items, config)
     for note in records.notes():
         on_message(f"data: {note}")
+    if not made.items:
+        raise DataError(
+            f"nothing to learn: none of {made.dropped:,} examples has a token to learn among its last {context}; "
+            f"raise --context (the model's is {source.config.context_length}), or give shorter ones"
+        )
+    held_out, kept = _split(made.items, config)
     cut = f"; {made.truncated} lost their beginning to fit {context} tokens" if made.truncated else ""
+    cut += f"; {made.dropped:,} left out, with nothing to learn in what is left" if made.dropped else ""
     learned = sum(e.n_learned for e in kept)
     on_message(f"data: {len(kept):,} examples, {learned:,} tokens to learn, {len(held_out):,} held out{cut}")
     assert config.batch_size is not None
     batches = PackedExamples(kept, held_out, batch_size=config.batch_size, context=context, seed=config.seed)
+    check_patience(config, batches)
     weights = source.weights()
     identity = {"data_sha256": _digest(made.items), "source_sha256": weights_id(weights)}
     parameters = sum(math.prod(t.shape) for t in weights.values())

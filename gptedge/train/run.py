@@ -38,7 +38,7 @@ from gptedge.train.processes import Processes, processes, whole
 from gptedge.train.qat import RoundedLoss, fake_quantize, refresh, refresh_is_due, rounded_weights
 from gptedge.train.sample import OnModel
 from gptedge.train.stdlib import stdlib_corpus
-from gptedge.train.trainer import OnMessage, OnStep, StepReport, Trainer
+from gptedge.train.trainer import OnMessage, OnStep, StepReport, Trainer, check_patience
 from gptedge.train.utilisation import flops_per_token, peak_flops
 from gptedge.train.windows import RandomWindows
 
@@ -194,6 +194,7 @@ def _settle(
         corpus, scanned, tokenizer, validation_fraction=config.validation_fraction, on_message=on_message
     )
     require_length(data.train, recipe.context_length)
+    check_patience(config, _windows(config, data))
     if len(data.train) < (batch := recipe.batch_size * recipe.context_length):
         on_message(f"note: the text has fewer tokens than one step's batch, {batch:,}; it will be learned by heart")
     return folder, recipe.model(vocab_size=tokenizer.vocab_size)

@@ -89,11 +89,8 @@ class Trainer:
         self.optimizer = make_optimizer(model, config)
         self.precision = choose_precision(config.precision, processes.device.type)
         self.budget = Budget(config.step_limit, config.max_seconds)
+        check_patience(config, source)
         self.held_out = [batch.to(processes.device) for batch in source.held_out()]
-        if config.patience and not self.held_out:
-            raise DataError(
-                f"patience is {config.patience}, and nothing is held out to be patient about; give more data"
-            )
         self.step, self.tokens_seen, self.elapsed_s = 0, 0, 0.0
         self.loss = math.nan
         self.val_loss: float | None = None
@@ -272,6 +269,15 @@ class Trainer:
 
 
 _COUNTS = ("step", "tokens_seen", "elapsed_s", "loss", "val_loss", "precision", "best_val_loss", "best_step", "waited")
+
+
+def check_patience(config: LoopConfig, source: BatchSource) -> None:
+    """Raises DataError where nothing is held out, and patience is set."""
+    if config.patience and not source.held_out():
+        raise DataError(
+            f"patience is {config.patience}, and nothing is held out to be patient about; "
+            f"raise validation_fraction, give more data, or set patience to 0"
+        )
 
 
 def _wrapped(model: nn.Module, config: LoopConfig, processes: Processes) -> nn.Module:

@@ -158,6 +158,23 @@ def test_the_report_says_what_became_of_the_data(source: Checkpoint, facts: Path
     assert "1 held out; 1 lost their beginning to fit 100 tokens" in messages[1]
 
 
+def test_examples_with_nothing_left_to_learn_are_counted_or_refused(
+    source: Checkpoint, facts: Path, tmp_path: Path
+) -> None:
+    """The last reply is not to be learned, and the one before is cut off."""
+    turns = [("user", "Hi"), ("assistant", "Yes."), ("user", "fox " * 200), ("assistant", "dog")]
+    messages = [{"role": role, "content": content, "weight": int(content != "dog")} for role, content in turns]
+    (tmp_path / "cut.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    config, said = replace(SHORT, max_steps=1, context_length=100), list[str]()
+    with pytest.raises(DataError, match=r"nothing to learn: none of 1 examples .* last 100; raise --context"):
+        finetune(source, [tmp_path / "cut.jsonl"], tmp_path / "m", config=config)
+    with pytest.raises(DataError, match="patience is 2, and nothing is held out"):
+        finetune(source, [facts], tmp_path / "m", config=replace(config, patience=2, validation_fraction=0.0))
+    assert not (tmp_path / "m").exists()
+    finetune(source, [facts, tmp_path / "cut.jsonl"], tmp_path / "m", config=config, on_message=said.append)
+    assert "; 1 left out, with nothing to learn in what is left" in said[0]
+
+
 # ---- stopping and going on -----------------------------------------------------------------------------------------
 
 

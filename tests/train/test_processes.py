@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
 import sys
-from contextlib import suppress
+from contextlib import redirect_stderr, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,8 @@ import pytest
 import torch
 
 from gptedge import safetensors
-from gptedge.errors import UsageError
+from gptedge.cli import main
+from gptedge.errors import TrainingError, UsageError
 from gptedge.train.batches import IGNORED, Batch
 from gptedge.train.config import TrainConfig
 from gptedge.train.processes import Processes, processes
@@ -96,6 +98,34 @@ def test_rows_are_parted_with_their_share_of_what_is_scored() -> None:
     assert [share for _part, share in found] == pytest.approx([0.0, 4 / 9, 4 / 9, 1 / 9])
     assert [part.ids[0, 0].item() for part, _share in found] == [0, 0, 4, 8]
     assert Processes().parts(batch, 1)[0][1] == 1.0
+
+
+def test_what_the_first_cannot_do_ends_all_and_is_said_once(tmp_path: Path) -> None:
+    def train() -> None:
+        said, out = io.StringIO(), tmp_path / "m"
+        with redirect_stderr(said):
+            code = main(["train", "--data", str(tmp_path / "none"), "--out", str(out)])
+        told = f"gptedge: data path {tmp_path / 'none'} does not exist\n"
+        assert (code, said.getvalue()) == (1, told if os.environ["RANK"] == "0" else "")
+
+    together(train, 2)
+
+
+def test_a_state_that_the_first_cannot_write_ends_all(
+    texts: Path, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        assert os.environ["RANK"] == "0"
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("gptedge.train.trainer.save_state", full)
+
+    def train() -> None:
+        with pytest.raises(TrainingError, match=r"step 5: .* cannot be written: No space left on device") as e:
+            run_training([texts], tmp_path / "m", config=config)
+        assert e.value.is_reported == (os.environ["RANK"] != "0")
+
+    together(train, 2)
 
 
 def test_sharding_alone_is_refused() -> None:

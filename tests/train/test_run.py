@@ -293,6 +293,12 @@ def test_a_text_that_is_too_short_leaves_nothing(tiny: TrainConfig, tmp_path: Pa
     assert not (tmp_path / "m").exists()
 
 
+def test_patience_without_anything_held_out_leaves_nothing(texts: Path, tiny: TrainConfig, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="patience is 3, and nothing is held out"):
+        run_training([texts], tmp_path / "m", config=replace(tiny, patience=3, validation_fraction=0.0))
+    assert not (tmp_path / "m").exists()
+
+
 def test_compiling_without_a_compiler_is_refused(
     texts: Path, tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

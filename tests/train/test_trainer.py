@@ -312,7 +312,7 @@ def test_patience_needs_something_held_out(tmp_path: Path) -> None:
         def held_out(self) -> list[Batch]:
             return []
 
-    with pytest.raises(DataError, match="patience is 2, and nothing is held out"):
+    with pytest.raises(DataError, match=r"patience is 2, and nothing is held out .* raise validation_fraction"):
         Trainer(LoopConfig(patience=2, learning_rate=0.1), Adapted(), Blind(), folder=tmp_path, metrics=tmp_path / "m")
 
 
