@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Mapping
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
@@ -72,12 +73,13 @@ def main(arguments: list[str] | None = None) -> int:
         arguments = [*arguments, "doctor"] if arguments else ["--help"]
     _end_like_an_interrupt(signal.SIGTERM)
     try:
-        result = build().main(
+        app = build()
+        result = app.main(
             arguments,
             prog_name="gptedge",
             standalone_mode=False,
             auto_envvar_prefix="GPTEDGE",
-            default_map=_config_file(),
+            default_map=_config_file(app.commands),
         )
         sys.stdout.flush()
         if result == EXIT_INTERRUPTED:  # what some versions of typer make of a KeyboardInterrupt
@@ -96,7 +98,8 @@ def main(arguments: list[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         if e.is_reported:
-            time.sleep(1)  # torchrun ends all once one has ended, and the one that says it is to come first
+            with suppress(KeyboardInterrupt):
+                time.sleep(1)  # torchrun ends all once one has ended, and the one that says it is to come first
             return e.exit_code
         # A gate is judged after the result, which is the one object, has been printed.
         return _fail(str(e), e.exit_code, wants_json and not isinstance(e, GateFailed))
@@ -135,7 +138,8 @@ def _end_like_an_interrupt(number: int) -> None:
         signal.signal(number, interrupt)
 
 
-def _config_file() -> dict[str, Any] | None:
+def _config_file(commands: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The options of each verb that the TOML file sets, by the names of the command's parameters."""
     places = [os.environ.get("GPTEDGE_CONFIG"), "gptedge.toml", Path.home() / ".config" / "gptedge" / "config.toml"]
     path = next((Path(p) for p in places if p and Path(p).is_file()), None)
     if path is None:
@@ -149,6 +153,13 @@ def _config_file() -> dict[str, Any] | None:
     for verb, options in settings.items():
         if verb not in VERBS or not isinstance(options, dict):
             raise UsageError(f"{path}: there is no verb {verb!r}{nearest(verb, VERBS)}")
-    return {
-        verb: {name.replace("-", "_"): value for name, value in options.items()} for verb, options in settings.items()
-    }
+    return {verb: _named(options, commands[verb], f"{path}: [{verb}]") for verb, options in settings.items()}
+
+
+def _named(options: Mapping[str, Any], command: Any, where: str) -> dict[str, Any]:
+    """--max-tokens is max-tokens, or max_tokens."""
+    known = {flag.lstrip("-").replace("-", "_"): p.name for p in command.params for flag in (p.name, *p.opts)}
+    for name in options:
+        if name.replace("-", "_") not in known:
+            raise UsageError(f"{where} has no option {name!r}{nearest(name, known)}")
+    return {known[name.replace("-", "_")]: value for name, value in options.items()}

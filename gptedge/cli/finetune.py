@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from gptedge.cli.common import Force, Json, SourceArgument, Threads, emit, needs
+from gptedge.cli.training_settings import settings_from, show_settings
 from gptedge.cli.watch import SampleEvery, SamplePrompt, TensorBoard, outcome, watching
 
-if TYPE_CHECKING:
-    from gptedge.train.finetune_config import FinetuneConfig
+
+def _print_settings(wanted: bool) -> None:
+    if wanted:
+        with needs("train"):
+            from gptedge.train.finetune_config import FinetuneConfig
+        show_settings(FinetuneConfig)
 
 
 def command(
+    ctx: typer.Context,
     source: SourceArgument,
     data: Annotated[
         list[Path],
@@ -50,6 +56,9 @@ def command(
     sample_prompt: SamplePrompt = "",
     tensorboard: TensorBoard = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in OUT.")] = False,
+    list_settings: Annotated[
+        bool, typer.Option("--list-settings", is_eager=True, callback=_print_settings, help="Show what a TOML may set.")
+    ] = False,
     threads: Threads = None,
     force: Force = False,
     as_json: Json = False,
@@ -57,9 +66,10 @@ def command(
     """Teach a model conversations, by LoRA or every weight."""
     with needs("train"):
         from gptedge.train.finetune import finetune
+        from gptedge.train.finetune_config import FinetuneConfig
     from gptedge.export.sources import open_source, with_tokenizer
 
-    flags = {
+    options = {
         "lora_rank": lora_rank,
         "lora_alpha": lora_alpha,
         "adapter": adapter or None,
@@ -70,12 +80,12 @@ def command(
         "max_seconds": max_seconds,
         "batch_size": batch_size,
         "learning_rate": learning_rate,
-        "context_length": context,
+        "context": context,
         "seed": seed,
         "save_every": save_every,
         "threads": threads,
     }
-    settings = _settings({name: value for name, value in flags.items() if value is not None}, config, out, resume)
+    settings = settings_from(FinetuneConfig, ctx, options, file=config, out=out, resume=resume)
     checkpoint = with_tokenizer(open_source(source), tokenizer)
     with watching(
         f"finetune {out}",
@@ -99,14 +109,3 @@ def command(
     line = f"{out}: {result.examples} examples, {outcome(result)}"
     then = f"adapter {out} BUNDLE {out}.onnx_adapter" if settings.adapter else f"export {out} {out}-onnx"
     emit({**asdict(result), "checkpoint": str(out)}, as_json=as_json, lines=[line, f"next: gptedge {then}"])
-
-
-def _settings(given: dict[str, object], file: Path | None, out: Path, resume: bool) -> FinetuneConfig:
-    from gptedge.train.finetune_config import FinetuneConfig
-    from gptedge.train.output import saved_config
-
-    if file is not None:
-        return FinetuneConfig.from_toml(file, given)
-    if resume:
-        return saved_config(out, FinetuneConfig, given)
-    return FinetuneConfig.from_dict(given, where="the command line")

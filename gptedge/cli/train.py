@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from gptedge.cli.common import Force, Json, Threads, emit, needs, table
+from gptedge.cli.training_settings import settings_from, show_settings
 from gptedge.cli.watch import SampleEvery, SamplePrompt, TensorBoard, outcome, watching
 from gptedge.errors import UsageError
 
@@ -26,13 +27,12 @@ def _print_presets(wanted: bool) -> None:
 def _print_settings(wanted: bool) -> None:
     if wanted:
         with needs("train"):
-            from gptedge.train.describe import setting_rows
-        for name, default, bounds, what in setting_rows()[1:]:
-            print(f"{name} = {default}" + (f"   ({bounds})" if bounds else "") + f"\n    {what}")
-        raise typer.Exit
+            from gptedge.train.config import TrainConfig
+        show_settings(TrainConfig)
 
 
 def command(
+    context: typer.Context,
     data: Annotated[list[Path], typer.Option(help="Text: files or folders; may be given several times.")],
     out: Annotated[Path, typer.Option(help="The checkpoint's folder.")],
     preset: Annotated[str | None, typer.Option(help="nano, micro, small or base (default nano).")] = None,
@@ -68,9 +68,8 @@ def command(
         raise UsageError("--sample-every needs the whole model in one process, and --shard spreads it; leave one out")
     with needs("train"):
         from gptedge.train.config import TrainConfig
-        from gptedge.train.output import saved_config
         from gptedge.train.run import run_training
-    flags = {
+    options = {
         "preset": preset,
         "max_steps": max_steps,
         "max_seconds": max_seconds,
@@ -80,13 +79,7 @@ def command(
         "save_every": save_every,
         "threads": threads,
     }
-    given = {name: value for name, value in flags.items() if value is not None}
-    if config is not None:
-        settings = TrainConfig.from_toml(config, given)
-    elif resume:
-        settings = saved_config(out, TrainConfig, given)
-    else:
-        settings = TrainConfig.from_dict(given, where="the command line")
+    settings = settings_from(TrainConfig, context, options, file=config, out=out, resume=resume)
     with watching(
         f"train {out}", out / "tensorboard", sample_every=sample_every, sample_prompt=sample_prompt, events=tensorboard
     ) as (on_model, on_step, on_message):

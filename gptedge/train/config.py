@@ -8,9 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
-from gptedge.errors import UsageError
 from gptedge.train.presets import PRESETS, Preset
-from gptedge.train.settings import Bounds, LoopConfig
+from gptedge.train.settings import Bounds, LoopConfig, check_choice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +57,7 @@ class TrainConfig(LoopConfig):
     """Windows it is measured on, always the same."""
 
     def __post_init__(self) -> None:
-        if self.preset not in PRESETS:
-            raise UsageError(f"preset is {self.preset!r}; it must be one of {', '.join(PRESETS)}")
+        check_choice("preset", self.preset, PRESETS)
         LoopConfig.__post_init__(self)
         recipe = self.recipe
         recipe.model(vocab_size=recipe.vocab_size)  # refuses shapes that do not fit together

@@ -1,4 +1,4 @@
-"""Tables of what `gptedge train` can be set to, read off the code that says it: for --help's neighbours and docs/."""
+"""Tables of what the verbs that train can be set to, read off the code that says it: for --list-settings and docs/."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ import inspect
 import textwrap
 from dataclasses import fields
 
-from gptedge.train.config import TrainConfig
 from gptedge.train.presets import PRESETS
+from gptedge.train.settings import LoopConfig
 
 Rows = list[list[str]]
-_NONE = ("max_seconds", "qat")  # settings whose None is not the preset's to fill
 
 
 def preset_rows() -> Rows:
@@ -26,17 +25,15 @@ def preset_rows() -> Rows:
     return [head, *rows]
 
 
-def setting_rows() -> Rows:
+def setting_rows(kind: type[LoopConfig]) -> Rows:
     """A head, then a row for each key of the TOML file: its default, its bounds, and what its docstring says."""
     docs: dict[str, str] = {}
-    for kind in reversed(TrainConfig.__mro__[:-1]):
-        docs |= _field_docs(kind)
+    for base in reversed(kind.__mro__[:-1]):
+        docs |= _field_docs(base)
     rows = [["key", "default", "bounds", "what it sets"]]
-    for f in fields(TrainConfig):
-        default = "the preset's" if f.default is None else f"{f.default}".lower()
-        if f.name in _NONE:
-            default = "none"
-        _kind, low, high = TrainConfig.bounds.get(f.name, (str, None, None))
+    for f in fields(kind):
+        default = kind.unset.get(f.name, "the preset's") if f.default is None else f"{f.default}".lower()
+        _kind, low, high = kind.bounds.get(f.name, (str, None, None))
         bounds = "" if low is None else f"{low:g} to {high:g}"
         rows.append([f.name, default, bounds, docs[f.name]])
     return rows

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from gptedge.errors import UsageError
-from gptedge.train.settings import Bounds, LoopConfig
+from gptedge.train.settings import Bounds, LoopConfig, check_switch
 
 _LEARNING_RATE_LORA, _LEARNING_RATE_FULL = 1e-3, 1e-4
 
@@ -22,7 +22,16 @@ class FinetuneConfig(LoopConfig):
         "lora_alpha": (float, 1e-3, 1e6),
         "validation_fraction": (float, 0.0, 0.5),
     }
+    unset: ClassVar[dict[str, str]] = LoopConfig.unset | {
+        "max_steps": "by epochs",
+        "learning_rate": f"{_LEARNING_RATE_LORA:g}; {_LEARNING_RATE_FULL:g} at rank 0",
+        "lora_targets": "all",
+    }
 
+    max_steps: int | None = None
+    """Weight updates to make, whatever the epochs."""
+    max_seconds: float | None = None
+    """Time to train for, whatever the epochs. With both, the learning rate follows whichever comes first."""
     epochs: float = 3.0
     """How often each example is seen, unless there is a bound on steps or time."""
     batch_size: int | None = 16
@@ -44,7 +53,12 @@ class FinetuneConfig(LoopConfig):
 
     def __post_init__(self) -> None:
         LoopConfig.__post_init__(self)
+        check_switch("adapter", self.adapter)
         if self.lora_targets is not None:
+            if not isinstance(self.lora_targets, (list, tuple)) or not all(
+                isinstance(name, str) for name in self.lora_targets
+            ):
+                raise UsageError(f'lora_targets is {self.lora_targets!r}; it must be a list such as ["q", "v"]')
             object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
         if self.batch_size is None:
             raise UsageError("batch_size is None; it must be a whole number from 1 to 1.04858e+06")

@@ -65,13 +65,19 @@ def begin_run(out: Path, config: LoopConfig, identity: Mapping[str, str], save: 
         write_json(folder / RUN, {"config": config.to_dict(), **identity})
 
 
-def saved_config(out: Path, kind: type[Config], overrides: Mapping[str, Any] | None = None) -> Config:
+def saved_config(
+    out: Path,
+    kind: type[Config],
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    defaults: Mapping[str, Any] | None = None,
+) -> Config:
     """What to resume the run in `out` with: its configuration, with what is not None in `overrides`.
 
-    Where there is no run yet, that of a new one.
+    Where there is no run yet, that of a new one, whose settings `defaults` go before their own defaults.
     """
     path = Path(out) / STATE / RUN
-    settings = read_json_object(path).get("config") if _has_run(Path(out)) else {}
+    settings = read_json_object(path).get("config") if _has_run(Path(out)) else dict(defaults or {})
     if not isinstance(settings, dict):
         raise CheckpointError(f"{path} has no config; start the run again with --force instead of --resume")
     given = {name: value for name, value in (overrides or {}).items() if value is not None}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -57,6 +57,8 @@ class LoopConfig:
         "save_every": (int, 0, 10**9),
         "keep_states": (int, 1, 1000),
     }
+    unset: ClassVar[dict[str, str]] = {"max_seconds": "none", "qat": "none"}
+    """What None stands for, for people."""
 
     max_steps: int | None = None
     """Weight updates to make. With no bound on time either, the preset's."""
@@ -111,14 +113,11 @@ class LoopConfig:
     """
 
     def __post_init__(self) -> None:
-        if self.precision not in ("auto", "fp32", "bf16"):
-            raise UsageError(f"precision is {self.precision!r}; it must be one of auto, fp32, bf16")
-        if self.schedule not in ("cosine", "trapezoid"):
-            raise UsageError(f"schedule is {self.schedule!r}; it must be one of cosine, trapezoid")
-        if not isinstance(self.compile, bool):
-            raise UsageError(f"compile is {self.compile!r}; it must be true or false")
-        if self.qat is not None and self.qat not in QAT_RECIPES:
-            raise UsageError(f"qat is {self.qat!r}; it must be one of {', '.join(QAT_RECIPES)}")
+        check_choice("precision", self.precision, ("auto", "fp32", "bf16"))
+        check_choice("schedule", self.schedule, ("cosine", "trapezoid"))
+        check_switch("compile", self.compile)
+        if self.qat is not None:
+            check_choice("qat", self.qat, QAT_RECIPES)
         for name, (kind, low, high) in self.bounds.items():
             _check_number(name, getattr(self, name), kind, low, high)
 
@@ -138,13 +137,23 @@ class LoopConfig:
         return self.max_steps
 
     @classmethod
-    def from_toml(cls, path: Path, overrides: Mapping[str, Any] | None = None) -> Self:
-        """Settings of a TOML file, then those of `overrides` that are not None. Raises UsageError."""
+    def from_toml(
+        cls,
+        path: Path,
+        overrides: Mapping[str, Any] | None = None,
+        *,
+        defaults: Mapping[str, Any] | None = None,
+    ) -> Self:
+        """`defaults`, over them settings of a TOML file, over these those of `overrides` that are not None.
+
+        Raises UsageError.
+        """
         try:
             table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError) as e:
             raise UsageError(f"config file {path} cannot be read: {e}") from None
-        return cls.from_dict(table | {k: v for k, v in (overrides or {}).items() if v is not None}, where=str(path))
+        given = {k: v for k, v in (overrides or {}).items() if v is not None}
+        return cls.from_dict({**(defaults or {}), **table, **given}, where=str(path))
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any], *, where: str) -> Self:
@@ -155,6 +164,16 @@ class LoopConfig:
                 near = difflib.get_close_matches(key, known, n=1, cutoff=0)[0]
                 raise UsageError(f"{where}: {key!r} is not a setting; did you mean {near!r}?")
         return cls(**settings)
+
+
+def check_choice(name: str, value: Any, known: Iterable[str]) -> None:
+    if not isinstance(value, str) or value not in known:
+        raise UsageError(f"{name} is {value!r}; it must be one of {', '.join(known)}")
+
+
+def check_switch(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise UsageError(f"{name} is {value!r}; it must be true or false")
 
 
 def _check_number(name: str, value: Any, kind: type, low: float, high: float) -> None:

@@ -165,3 +165,27 @@ def test_settings_come_from_flag_then_environment_then_file(
     code, _, err = run(capsys, "doctor")
     assert (code, err.count("\n")) == (2, 1)
     assert "did you mean generate?" in err
+    (tmp_path / "g.toml").write_text("[train]\nmax-step = 5\n")
+    code, _, err = run(capsys, "doctor")
+    assert (code, err.count("\n")) == (2, 1)
+    assert err.endswith("g.toml: [train] has no option 'max-step'; did you mean max_steps?\n")
+
+
+def test_a_named_file_and_a_resumed_run_win_over_the_table(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "text.txt").write_text("the cat sat on a mat and then it ran up\n" * 60)
+    shape = "vocab_size = 260\ncontext_length = 8\nn_layer = 1\nn_head = 1\nn_kv_head = 1\nn_embd = 32\nn_ff = 32\n"
+    (tmp_path / "run.toml").write_text(shape + "max_steps = 2\nvalidation_fraction = 0\n")
+    (tmp_path / "g.toml").write_text("[train]\nmax-steps = 3\nthreads = 1\njson = true\n")
+    monkeypatch.setenv("GPTEDGE_CONFIG", str(tmp_path / "g.toml"))
+    train = ("train", "--data", tmp_path / "text.txt", "--out", tmp_path / "m")
+
+    def steps(*flags: object) -> int:
+        return run_json(capsys, *train, *flags)["steps"]
+
+    assert steps("--config", tmp_path / "run.toml") == 2
+    assert steps("--resume") == 2
+    monkeypatch.setenv("GPTEDGE_TRAIN_MAX_STEPS", "4")
+    assert steps("--resume") == 4
+    assert json.loads((tmp_path / "m" / "state" / "run.json").read_text())["config"]["threads"] == 1

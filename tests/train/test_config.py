@@ -13,8 +13,9 @@ import pytest
 from gptedge.errors import UsageError
 from gptedge.train.config import TrainConfig
 from gptedge.train.describe import markdown, preset_rows, setting_rows
+from gptedge.train.finetune_config import FinetuneConfig
 from gptedge.train.presets import PRESETS
-from gptedge.train.settings import RESUMABLE_CHANGES
+from gptedge.train.settings import RESUMABLE_CHANGES, LoopConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -34,6 +35,9 @@ ROOT = Path(__file__).resolve().parents[2]
         ({"schedule": "linear"}, r"schedule is 'linear'; it must be one of cosine, trapezoid"),
         ({"compile": 1}, r"compile is 1; it must be true or false"),
         ({"dropout": 1}, r"dropout is 1; .* to 0\.9"),
+        ({"schedule": ["cosine"]}, r"schedule is \['cosine'\]; it must be one of"),
+        ({"preset": ["nano"]}, r"preset is \['nano'\]; it must be one of nano"),
+        ({"qat": ["int4"]}, r"qat is \['int4'\]; it must be one of int4, int8"),
         ({"preset": "huge"}, r"preset is 'huge'; it must be one of nano, micro, small, base"),
         ({"n_embd": 100, "n_head": 3}, r"n_embd is 100; it must be a multiple of n_head, 3"),
         ({"n_head": 4, "n_kv_head": 3}, r"n_head 4 is not a multiple of n_kv_head 3"),
@@ -48,7 +52,7 @@ def test_values_out_of_bounds_are_refused_with_value_and_bound(settings: dict[st
 def test_toml_then_overrides(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_text('preset = "micro"\nmax_steps = 7\nlearning_rate = 0.002\n')
-    config = TrainConfig.from_toml(path, {"max_steps": 9, "seed": None})
+    config = TrainConfig.from_toml(path, {"max_steps": 9, "seed": None}, defaults={"preset": "base", "max_steps": 1})
     assert (config.preset, config.max_steps, config.learning_rate, config.seed) == ("micro", 9, 0.002, 0)
     assert TrainConfig.from_dict(config.to_dict(), where="here") == config
 
@@ -115,12 +119,14 @@ def test_the_settings_need_no_torch() -> None:
 
 def test_docs_hold_the_tables_of_settings_and_presets() -> None:
     page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
-    assert markdown(setting_rows()) in page
+    assert markdown(setting_rows(TrainConfig)) in page
+    assert markdown(setting_rows(FinetuneConfig)) in page
     assert markdown(preset_rows()) in page
 
 
-def test_every_setting_is_described() -> None:
-    for name, default, _bounds, what in setting_rows()[1:]:
+@pytest.mark.parametrize("kind", [TrainConfig, FinetuneConfig])
+def test_every_setting_is_described(kind: type[LoopConfig]) -> None:
+    for name, default, _bounds, what in setting_rows(kind)[1:]:
         assert len(what) > 10, name
         assert default
 

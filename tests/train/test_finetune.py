@@ -256,6 +256,10 @@ def test_a_source_needs_a_tokenizer_and_an_end(source: Checkpoint, facts: Path, 
         ({"epochs": 0}, "epochs is 0"),
         ({"qat": "int2"}, "qat is 'int2'; it must be one of int4, int8"),
         ({"batch_size": None}, "batch_size is None"),
+        ({"adapter": "yes"}, "adapter is 'yes'; it must be true or false"),
+        ({"lora_targets": 5}, r"lora_targets is 5; it must be a list such as"),
+        ({"lora_targets": "q,v"}, r"lora_targets is 'q,v'; it must be a list such as"),
+        ({"lora_targets": [1]}, r"lora_targets is \[1\]; it must be a list such as"),
     ],
 )
 def test_settings_out_of_bounds(changes: dict[str, Any], message: str) -> None:
@@ -308,6 +312,13 @@ def test_the_commands_from_data_to_a_running_adapter(
     ask = ("generate", tmp_path / "bundle", question, "--chat", "--max-tokens", 30)
     assert told(capsys, *ask, "--adapter", tmp_path / "m.onnx_adapter")["text"] == answer
     assert told(capsys, *ask)["text"] != answer
+
+
+def test_every_setting_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["finetune", "--list-settings"]) == 0
+    listed = capsys.readouterr().out
+    assert "lora_rank = 8   (0 to 4096)\n    Of each update" in listed
+    assert "learning_rate = 0.001; 0.0001 at rank 0" in listed
 
 
 def test_a_resumed_adapter_stays_one(
