@@ -46,7 +46,7 @@ def load(
     long_prompts: open the bundle's graph for prompts at once, beside the other, because prompts of more than 64 tokens
         will come; otherwise the first of them opens it, which takes some tenths of a second and the graph's memory.
     Raises BundleError when the folder is not a whole bundle, MissingExtraError without onnxruntime,
-    UsageError when the profile is none.
+    UsageError when threads is no number of them, or the profile none.
     """
     opened = open_bundle(Path(bundle))
     import_onnxruntime()  # here, where Ctrl+C can be held back meanwhile

@@ -42,7 +42,7 @@ def generate_batch(
 ) -> list[Result]:
     """Replies to the prompts in `windows`, in their order. A seed is each text's own, as if it were alone."""
     layout = session.signature.cache
-    if not layout.shared or layout.device != "cpu":
+    if not layout.shared or layout.device != "cpu" or len(windows) == 1:
         return [_alone(session, tokenizer, window, params, adapter) for window in windows]
     texts = [_Text(session, tokenizer, window, params) for window in windows]
     rows = Rows(session, min(batch_size, len(texts)), adapter)

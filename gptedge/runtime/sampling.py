@@ -22,6 +22,7 @@ Weights = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
 
 _BLOCK = 512  # weights summed at once
+_COLDEST = 1e-30  # below, dividing by it overflows float32; only the likeliest weighs anything long before
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Sampler:
     def choose(self, logits: Logits) -> int:
         """The next token's id, from logits [vocab_size]."""
         logits = self._penalise(logits)
-        chosen = int(logits.argmax()) if self._params.temperature == 0 else self._draw(logits)
+        chosen = int(logits.argmax()) if self._params.temperature < _COLDEST else self._draw(logits)
         self._seen[chosen] = True
         self._counts[chosen] += 1
         return chosen

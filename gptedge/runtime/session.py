@@ -42,7 +42,7 @@ from gptedge.runtime.onnx_runtime import (
     session_options,
 )
 from gptedge.runtime.signature import read_signature, shares_buffer
-from gptedge.runtime.threads import default_threads
+from gptedge.runtime.threads import checked_threads, default_threads
 
 PREFILL_CHUNK = 256
 """Tokens run at once while reading a prompt; bounds the memory that attention takes."""
@@ -71,11 +71,9 @@ class Session:
         speculate: check guessed tokens several at once (see speculate.py); without, the same tokens take longer.
         long_prompts: open the graph for prompts at once, in a thread; otherwise the first long prompt opens it.
         """
-        if threads is not None and threads < 1:
-            raise UsageError(f"threads is {threads}; it must be at least 1")
+        self.threads = default_threads() if threads is None else checked_threads(threads)
         self._ort = import_onnxruntime()
         self.bundle = bundle
-        self.threads = threads or default_threads()
         self.speculates = speculate
         """Whether guesses are checked several at once."""
         self._rows_agree = False

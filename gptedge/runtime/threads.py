@@ -13,14 +13,26 @@ from collections.abc import Iterable
 from math import ceil
 from pathlib import Path
 
+from gptedge.errors import UsageError
+
 _CPUS = Path("/sys/devices/system/cpu")
 _CGROUPS = Path("/sys/fs/cgroup")
+_ALWAYS_ALLOWED = 16
+"""Threads that may be asked for on any machine: a program written for a larger one runs on a smaller one too."""
 
 
 def default_threads() -> int:
     """Physical cores that this process may use; at least 1."""
     cores = _COUNTS.get(sys.platform, _half)()
     return max(1, min(cores, cgroup_cores(_CGROUPS) or cores))
+
+
+def checked_threads(threads: object, name: str = "threads") -> int:
+    """A number of threads. Raises UsageError where it is none, or so large that starting them would take minutes."""
+    most = max(_ALWAYS_ALLOWED, os.cpu_count() or 1)
+    if isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= most:
+        raise UsageError(f"{name} is {threads!r}; it must be a whole number from 1 to {most}")
+    return threads
 
 
 def _linux() -> int:

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import numpy as np
 
@@ -27,7 +27,7 @@ from gptedge.errors import UsageError
 from gptedge.files import cache_folder, new_file, write_json
 from gptedge.runtime.onnx_runtime import PROVIDERS, import_onnxruntime
 from gptedge.runtime.session import Session
-from gptedge.runtime.threads import default_threads
+from gptedge.runtime.threads import checked_threads, default_threads
 
 BUDGET_S = 3.0
 """No trial is begun that would end later than this."""
@@ -36,7 +36,6 @@ TRIALS = 4
 _ROUNDS, _STEPS = 3, 6  # of decoding, by the usual number and the other in turn
 _PROMPT = 32  # tokens before them
 _WORTH = 0.95  # of the usual time; what gains less may be noise
-_MOST = 1024  # threads
 _KEYS = ("threads", "measured_on")
 
 
@@ -158,24 +157,17 @@ def _pinned(path: Path) -> int:
         raise UsageError(f'profile {path} is not a JSON object; {{"threads": 2}} would be one')
     if unknown := sorted(set(value) - set(_KEYS)):
         raise UsageError(f"profile {path} has {unknown[0]!r}, which is no setting; known is threads")
-    threads = value.get("threads")
-    if not _is_count(threads):
-        raise UsageError(f"profile {path}: threads is {threads!r}; it must be a whole number from 1 to {_MOST}")
-    return threads
+    return checked_threads(value.get("threads"), f"profile {path}: threads")
 
 
 def _kept(bundle: Bundle) -> int | None:
     """The number of threads kept for this bundle on this machine; None where there is none, or nothing that holds."""
     facts = machine(bundle)
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError):  # a UsageError is a ValueError
         value = json.loads(_place(facts).read_text(encoding="utf-8"))
-        if isinstance(value, dict) and value.get("measured_on") == facts and _is_count(n := value.get("threads")):
-            return n
+        if isinstance(value, dict) and value.get("measured_on") == facts:
+            return checked_threads(value.get("threads"))
     return None
-
-
-def _is_count(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= _MOST
 
 
 def _place(facts: Mapping[str, Any]) -> Path:

@@ -219,7 +219,7 @@ def test_wrong_numbers_are_found_by_verification(
         (["generate", "{bundle}", "hi", "--system", "x"], 2, "--system needs --chat"),
         (["generate", "nowhere", "hi"], 1, "nowhere does not exist"),
         (["generate", "{checkpoint}", "hi"], 1, "run gptedge export first"),
-        (["generate", "{bundle}", "hi", "--threads", "0"], 2, "threads is 0"),
+        (["generate", "{bundle}", "hi", "--threads", "3000"], 2, "threads is 3000"),
         (["generate", "{bundle}", "hi", "--provider", "tpu"], 2, "provider is 'tpu'"),
         (["generate", "{bundle}", "hi", "--tempreature", "1"], 2, "--tempreature"),
         (["generat"], 2, "generat"),

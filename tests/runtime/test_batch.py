@@ -101,6 +101,12 @@ def test_rows_that_have_ended_are_not_run(model: gptedge.Model, monkeypatch: pyt
     assert sizes[-1] < 4
 
 
+def test_a_list_of_one_is_run_as_alone(model: gptedge.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where guesses are checked, kernels give it the same last bits."""
+    monkeypatch.setattr(Session, "run_rows", None)
+    same(model.run(["fox"], max_tokens=9), [model.run("fox", max_tokens=9)])
+
+
 def test_small_lists_and_bad_sizes(model: gptedge.Model) -> None:
     assert model.generate([]) == []
     assert model.generate(["fox"], max_tokens=4) == [model.generate("fox", max_tokens=4)]

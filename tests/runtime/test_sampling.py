@@ -47,6 +47,10 @@ def renormalised(kept: list[int], power: float = 1.0) -> np.ndarray:
         ({"temperature": 1.0, "logit_bias": {0: -100.0}}, renormalised([1, 2, 3, 4])),
         ({"temperature": 1.0, "logit_bias": {3: float(np.log(2)), 4: -100.0}}, np.array([10, 4, 3, 4, 0]) / 21),
         ({"temperature": 0.0}, renormalised([0])),
+        ({"temperature": 1e-29, "min_p": 0.5}, renormalised([0])),
+        ({"temperature": 1e-40, "logit_bias": {0: 1e6}}, renormalised([0])),
+        ({"temperature": 1e-46, "top_p": 0.5}, renormalised([0])),
+        ({"temperature": 1e-46, "min_p": 0.5}, renormalised([0])),
     ],
 )
 def test_distribution(changes: dict[str, object], expected: np.ndarray) -> None:

@@ -85,10 +85,10 @@ def test_closed_session_says_so(tiny_bundle: Path) -> None:
         closed.run([1], cache)
 
 
-@pytest.mark.parametrize("threads", [0, -1])
-def test_threads_must_be_positive(tiny_bundle: Path, threads: int) -> None:
-    with pytest.raises(UsageError, match="threads is"):
-        Session(open_bundle(tiny_bundle), threads=threads)
+@pytest.mark.parametrize("threads", [0, -1, 3000, 1.5, "2", True])
+def test_threads_must_be_a_number_of_them(tiny_bundle: Path, threads: object) -> None:
+    with pytest.raises(UsageError, match=rf"threads is {threads!r}; it must be a whole number from 1 to \d+"):
+        Session(open_bundle(tiny_bundle), threads=threads)  # type: ignore[arg-type]
 
 
 def test_provider_is_chosen() -> None:

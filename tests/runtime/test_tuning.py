@@ -117,6 +117,7 @@ def test_a_pinned_profile_is_obeyed(tiny_bundle: Path, tmp_path: Path) -> None:
         ("{}", "threads is None"),
         ('{"threads": 0}', "threads is 0; it must be a whole number from 1"),
         ('{"threads": true}', "threads is True"),
+        ('{"threads": 1024}', "threads is 1024; it must be a whole number from 1"),
         ('{"threads": 2, "guess": 7}', "has 'guess'"),
     ],
 )
