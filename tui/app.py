@@ -21,7 +21,7 @@ from textual.widgets import Label
 from gptedge.config import SamplingParams
 from gptedge.errors import GptEdgeError
 from gptedge.tui import colours
-from gptedge.tui.common import CONTINUATION, changes_to_regenerate, dropped, one_line
+from gptedge.tui.common import CONTINUATION, answer_to, changes_to_regenerate, dropped, is_command, one_line
 from gptedge.tui.composer import Composer
 from gptedge.tui.replies import BATCH_SECONDS, Ended, Loaded, Loader, LoadFailed, Reply, TextCame, join_all
 from gptedge.tui.status import Facts, Status
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 LEAVE_SECONDS = 5.0
 """How long quitting waits for a thread: a token, or a part of a long prompt, may still be under way."""
+ACTIONS = {"/new": "new", "/regenerate": "regenerate", "/quit": "quit"}
+"""What commands that are typed do; keys do it too."""
 KEYS = "Enter sends · Ctrl+J new line · Esc stops · Ctrl+R again · Ctrl+N new · Ctrl+Q quits"
 
 
@@ -155,15 +157,26 @@ class ChatApp(App[BaseException]):
     # ---- asking and answering ----
 
     async def on_composer_sent(self, event: Composer.Sent) -> None:
-        if self.reply is not None or (self.chat is None and self._asked is not None):
+        if is_command(event.text):
+            await self._obey(event.text)
+        elif self.reply is not None or (self.chat is None and self._asked is not None):
             self.composer.give_back(event.text)
             self.status.flash("Esc stops the reply first" if self.reply else "still loading")
-            return
-        self._asked = UserMessage(event.text)
+        else:
+            await self._ask(event.text)
+
+    async def _obey(self, command: str) -> None:
+        if action := ACTIONS.get(command):
+            await self.run_action(action)
+        else:
+            await self.transcript.add(Note(answer_to(command)))
+
+    async def _ask(self, question: str) -> None:
+        self._asked = UserMessage(question)
         await self.transcript.query(".welcome").remove()
         await self.transcript.add(self._asked)
         if self.chat is not None:
-            await self._start(event.text)
+            await self._start(question)
 
     async def _start(self, question: str | None, **changes: object) -> None:
         """Let the model answer `question`, or the last one anew."""

@@ -1,7 +1,8 @@
-"""What the app and the line by line chat share: wording, and how a reply is made anew. Imports nothing heavy."""
+"""What the app and the line by line chat share: commands, wording, how a reply is made anew. Imports nothing heavy."""
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from gptedge.errors import GptEdgeError
@@ -11,6 +12,24 @@ if TYPE_CHECKING:
 
 CONTINUATION = "This model was not taught to chat: it continues your text."
 REGENERATE_TEMPERATURE = 0.7
+COMMANDS = {
+    "/new": "forget this conversation and start another",
+    "/regenerate": "answer the last question again",
+    "/help": "show this",
+    "/quit": "leave",
+}
+
+
+def is_command(text: str) -> bool:
+    """Whether a message is a single word after a slash: a command, known or not, rather than a question."""
+    return re.fullmatch(r"/\w+", text) is not None
+
+
+def answer_to(command: str) -> str:
+    """What to say of /help, or of a command that is none."""
+    if command == "/help":
+        return "\n".join(f"{name:<12} {does}" for name, does in COMMANDS.items())
+    return f"{command} is no command; known are {', '.join(COMMANDS)}"
 
 
 def changes_to_regenerate(params: SamplingParams) -> dict[str, float]:

@@ -14,19 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from gptedge.errors import DataError, GptEdgeError
 from gptedge.text import decode_utf8
-from gptedge.tui.common import CONTINUATION, changes_to_regenerate, dropped, one_line
+from gptedge.tui.common import CONTINUATION, answer_to, changes_to_regenerate, dropped, is_command, one_line
 from gptedge.tui.store import ChatFile
 
 if TYPE_CHECKING:
     from gptedge import Chat, Model, Result, Stream
 
 PROMPT = "> "
-COMMANDS = {
-    "/new": "forget this conversation and start another",
-    "/regenerate": "answer the last question again",
-    "/help": "show this",
-    "/quit": "leave; so do Ctrl+D and Ctrl+C",
-}
 
 
 class Repl:
@@ -54,7 +48,7 @@ class Repl:
             return
         if self.model.chat_template.is_continuation:
             _say(CONTINUATION)
-        _say("/help lists the commands.")
+        _say("/help lists the commands; Ctrl+D leaves.")
 
     def _obey(self, line: str) -> None:
         match line:
@@ -62,11 +56,10 @@ class Repl:
                 pass
             case "/new":
                 self._new()
-            case "/help":
-                for name, does in COMMANDS.items():
-                    _say(f"{name:<12} {does}")
             case "/regenerate":
                 self._answer(lambda: self.chat.regenerate(**changes_to_regenerate(self.chat.params)))
+            case _ if is_command(line):
+                _say(answer_to(line))
             case _:
                 self._answer(lambda: self.chat.stream(line))
 

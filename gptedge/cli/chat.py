@@ -41,7 +41,7 @@ def command(
         Path | None,
         typer.Argument(metavar="[BUNDLE]", envvar="GPTEDGE_CHAT_BUNDLE", help="A folder made by export or quantize."),
     ] = None,
-    plain: Annotated[bool, typer.Option("--plain", help="Line by line, without an app; so it is in a pipe.")] = False,
+    plain: Annotated[bool, typer.Option("--plain", help="Line by line, without an app; so it is in a pipe, or 2> a file.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the last conversation.")] = False,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     max_tokens: MaxTokens = _D.max_tokens,
@@ -76,7 +76,8 @@ def command(
     if saved and system is not None:
         others = [m for m in saved.messages if m["role"] != "system"]
         saved.messages[:] = [{"role": "system", "content": system}, *others]
-    if plain or as_json or not (sys.stdin.isatty() and sys.stdout.isatty()):
+    on_terminal = all(stream.isatty() for stream in (sys.stdin, sys.stdout, sys.stderr))  # Textual draws on stderr
+    if plain or as_json or not on_terminal:
         _plain(folder, saved, system, params, loading, as_json)
     else:
         _app(folder, saved, system, params, loading)

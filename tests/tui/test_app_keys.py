@@ -81,3 +81,24 @@ async def test_a_click_on_the_transcript_leaves_the_keyboard_in_the_box(drive: A
         await d.pilot.pause(0.1)
         await d.pilot.press("x")
         assert d.app.composer.text == "x"
+
+
+async def test_commands_that_are_typed(drive: Any) -> None:
+    model = FakeModel([Turn(["one"]), Turn(["two"])])
+    async with drive(model) as d:
+        await d.ready()
+        await d.send("/help")
+        assert "/regenerate" in d.screen
+        await d.send("/exit")
+        assert "/exit is no command" in d.screen
+        await d.send("/etc/hosts is what?")
+        await d.send("/regenerate")
+        await d.until(lambda: "two" in d.screen)
+        await d.idle()
+        assert [m["content"] for m in d.app.chat.messages] == ["/etc/hosts is what?", "two"]
+        await d.send("/new")
+        await d.until(lambda: "two" not in d.screen)
+        assert d.app.chat.messages == []
+        await d.send("/quit", wait=False)
+        await d.until(lambda: not d.app.is_running)
+    assert len(model.asked) == 2

@@ -199,3 +199,16 @@ def test_without_textual_the_way_out_is_named(monkeypatch: Any) -> None:
     loading = Loading(threads=None, profile=None, tune=True, provider=None, adapter=None)
     with pytest.raises(MissingExtraError, match=r"gptedge\[tui\], or use --plain"):
         chat._app(Path("x"), None, None, SamplingParams(), loading)
+
+
+@pytest.mark.parametrize(("elsewhere", "shown"), [("", "_app"), ("stdin", "_plain"), ("stderr", "_plain")])
+def test_the_app_needs_a_terminal_to_draw_on(monkeypatch: Any, elsewhere: str, shown: str) -> None:
+    from gptedge.cli import chat
+
+    used: list[str] = []
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(f"sys.{name}.isatty", lambda name=name: name != elsewhere)
+    for name in ("_app", "_plain"):
+        monkeypatch.setattr(chat, name, lambda *_, name=name: used.append(name))
+    chat.command(Path("bundle"))
+    assert used == [shown]

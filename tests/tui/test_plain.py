@@ -17,7 +17,8 @@ from tui_fakes import FakeModel, Turn
 
 from gptedge.errors import ContextOverflowError, DataError
 from gptedge.tui import store
-from gptedge.tui.plain import COMMANDS, Repl
+from gptedge.tui.common import COMMANDS
+from gptedge.tui.plain import Repl
 
 FAKES = Path(__file__).parent / "tui_fakes.py"
 needs_pty = pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")
@@ -64,10 +65,11 @@ def test_commands(monkeypatch: Any, capsys: Any, tmp_path: Path) -> None:
     ]
 
 
-def test_a_slash_that_is_no_command_is_a_question(monkeypatch: Any) -> None:
+def test_a_slash_that_is_no_command_is_a_question(monkeypatch: Any, capsys: Any) -> None:
     model = FakeModel([Turn(["ok"])])
-    piped(monkeypatch, model, b"/etc/hosts is what?\n")
-    assert model.asked[0][0]["content"] == "/etc/hosts is what?"
+    piped(monkeypatch, model, b"/etc/hosts is what?\n/etc/hosts\n/Quit\n")
+    assert [asked[-1]["content"] for asked in model.asked] == ["/etc/hosts is what?", "/etc/hosts"]
+    assert capsys.readouterr().err == "/Quit is no command; known are /new, /regenerate, /help, /quit\n"
 
 
 def test_silent_prints_nothing_and_keeps_results(monkeypatch: Any, capsys: Any) -> None:
