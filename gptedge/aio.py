@@ -6,12 +6,14 @@ Computing happens in worker threads, where it releases the interpreter's lock; t
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, overload
 
+from gptedge.config import SamplingParams
 from gptedge.conversation import Chat
+from gptedge.errors import UsageError
 from gptedge.loading import load
 from gptedge.model import Model
 from gptedge.runtime.adapter import Adapter
@@ -37,9 +39,7 @@ class AsyncStream:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._stream is not None:
-            self._stream.cancel()
-            await asyncio.shield(asyncio.to_thread(self._stream.close))
+        await self.close()
 
     async def __aiter__(self) -> AsyncIterator[Chunk]:
         if self._stream is None:
@@ -54,6 +54,12 @@ class AsyncStream:
         """As `Stream.cancel`."""
         self._open.cancel()
 
+    async def close(self) -> None:
+        """Cancel, and take in what is left, so that `result` is there."""
+        if self._stream is not None:
+            self._stream.cancel()
+            await asyncio.shield(asyncio.to_thread(self._stream.close))
+
     @property
     def result(self) -> Result:
         return self._open.result
@@ -66,7 +72,7 @@ class AsyncStream:
 
 
 class AsyncChat:
-    """`Chat`, awaited."""
+    """`Chat`, whose methods are awaited where they compute, or copy or read a KV cache."""
 
     def __init__(self, chat: Chat) -> None:
         self.chat = chat
@@ -77,11 +83,45 @@ class AsyncChat:
     def stream(self, text: str, **changes: Any) -> AsyncStream:
         return AsyncStream(lambda: self.chat.stream(text, **changes))
 
+    def regenerate(self, **changes: Any) -> AsyncStream:
+        return AsyncStream(lambda: self.chat.regenerate(**changes))
+
+    def edit(self, index: int, text: str) -> None:
+        self.chat.edit(index, text)
+
+    async def fork(self) -> AsyncChat:
+        return AsyncChat(await asyncio.to_thread(self.chat.fork))
+
+    def clear(self) -> None:
+        self.chat.clear()
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.chat.to_dict()
+
+    def load_dict(self, data: Mapping[str, Any]) -> None:
+        self.chat.load_dict(data)
+
     async def save_cache(self, path: str | Path) -> None:
         await asyncio.to_thread(self.chat.save_cache, path)
 
     async def load_cache(self, path: str | Path) -> None:
         await asyncio.to_thread(self.chat.load_cache, path)
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        return self.chat.messages
+
+    @property
+    def params(self) -> SamplingParams:
+        return self.chat.params
+
+    @property
+    def dropped_messages(self) -> int:
+        return self.chat.dropped_messages
+
+    @property
+    def cached_tokens(self) -> int:
+        return self.chat.cached_tokens
 
 
 class AsyncModel:
@@ -95,21 +135,28 @@ class AsyncModel:
         return cls(await asyncio.to_thread(load, bundle, **options))
 
     @overload
-    async def generate(self, prompt: str, **changes: Any) -> str: ...
+    async def generate(self, prompt: str, params: SamplingParams | None = None, **changes: Any) -> str: ...
     @overload
-    async def generate(self, prompt: Sequence[str], **changes: Any) -> list[str]: ...
-    async def generate(self, prompt: str | Sequence[str], **changes: Any) -> Any:
-        return await asyncio.to_thread(lambda: self.model.generate(prompt, **changes))
+    async def generate(
+        self, prompt: Sequence[str], params: SamplingParams | None = None, **changes: Any
+    ) -> list[str]: ...
+    async def generate(self, prompt: str | Sequence[str], params: SamplingParams | None = None, **changes: Any) -> Any:
+        return await asyncio.to_thread(lambda: self.model.generate(prompt, params, **changes))
 
     @overload
-    async def run(self, prompt: str, **changes: Any) -> Result: ...
+    async def run(self, prompt: str, params: SamplingParams | None = None, **changes: Any) -> Result: ...
     @overload
-    async def run(self, prompt: Sequence[str], **changes: Any) -> list[Result]: ...
-    async def run(self, prompt: str | Sequence[str], **changes: Any) -> Any:
-        return await asyncio.to_thread(lambda: self.model.run(prompt, **changes))
+    async def run(
+        self, prompt: Sequence[str], params: SamplingParams | None = None, **changes: Any
+    ) -> list[Result]: ...
+    async def run(self, prompt: str | Sequence[str], params: SamplingParams | None = None, **changes: Any) -> Any:
+        return await asyncio.to_thread(lambda: self.model.run(prompt, params, **changes))
 
-    def stream(self, prompt: str, **changes: Any) -> AsyncStream:
-        return AsyncStream(lambda: self.model.stream(prompt, **changes))
+    def stream(self, prompt: str, params: SamplingParams | None = None, **changes: Any) -> AsyncStream:
+        return AsyncStream(lambda: self.model.stream(prompt, params, **changes))
+
+    def stream_ids(self, prompt: Sequence[int], params: SamplingParams | None = None, **changes: Any) -> AsyncStream:
+        return AsyncStream(lambda: self.model.stream_ids(prompt, params, **changes))
 
     async def load_adapter(self, path: str | Path) -> Adapter:
         return await asyncio.to_thread(self.model.load_adapter, path)
@@ -123,8 +170,20 @@ class AsyncModel:
     def adapter(self, adapter: Adapter | None) -> None:
         self.model.adapter = adapter
 
-    def chat(self, *, system: str | None = None, **changes: Any) -> AsyncChat:
-        return AsyncChat(self.model.chat(system=system, **changes))
+    def chat(self, *, system: str | None = None, params: SamplingParams | None = None, **changes: Any) -> AsyncChat:
+        """A new conversation. To go on with one that was saved: `await chat.load_cache(path)`."""
+        if "cache" in changes:
+            raise UsageError(
+                "reading a saved chat takes time; make a chat without cache, and await its load_cache(path)"
+            )
+        return AsyncChat(self.model.chat(system=system, params=params, **changes))
+
+    @property
+    def context_length(self) -> int:
+        return self.model.context_length
+
+    async def close(self) -> None:
+        await asyncio.to_thread(self.model.close)
 
     async def __aenter__(self) -> AsyncModel:
         return self
@@ -132,4 +191,4 @@ class AsyncModel:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await asyncio.to_thread(self.model.close)
+        await self.close()

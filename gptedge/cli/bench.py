@@ -42,17 +42,18 @@ def command(
     as_json: Json = False,
 ) -> None:
     """Measure speed."""
-    from gptedge.evaluate.bench import bench
-    from gptedge.evaluate.profile import decode_profile
+    from gptedge.evaluate.bench import bench, check_room
+    from gptedge.evaluate.profile import PROFILED_STEPS, decode_profile
     from gptedge.loading import load
 
-    if tune and (no_tune or profile or threads):
+    if tune and (no_tune or profile is not None or threads is not None):
         raise UsageError("--tune finds the number of threads; leave out --threads, --profile and --no-tune")
     loading = Loading(threads=threads, profile=profile, tune=not no_tune, provider=provider, adapter=adapter)
     tuned = _tune(bundle, loading) if tune else {}
     start = time.perf_counter()
     with load(bundle, **loading) as model:
         load_ms = round((time.perf_counter() - start) * 1000, 2)
+        check_room(model.session, prompt_tokens, max(new_tokens, PROFILED_STEPS if roofline else 0))
         result = bench(
             model.session,
             load_ms=load_ms,

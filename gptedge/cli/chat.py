@@ -41,7 +41,9 @@ def command(
         Path | None,
         typer.Argument(metavar="[BUNDLE]", envvar="GPTEDGE_CHAT_BUNDLE", help="A folder made by export or quantize."),
     ] = None,
-    plain: Annotated[bool, typer.Option("--plain", help="Line by line, without an app; so it is in a pipe, or 2> a file.")] = False,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Line by line, without an app; so it is in a pipe, or 2> a file.")
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the last conversation.")] = False,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     max_tokens: MaxTokens = _D.max_tokens,

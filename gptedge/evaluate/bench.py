@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from gptedge.errors import UsageError
+from gptedge.errors import ContextOverflowError, UsageError
 from gptedge.measure import peak_rss_mb
 from gptedge.runtime.adapter import Adapter
 from gptedge.runtime.session import PREFILL_AT_LEAST, Session
@@ -47,7 +47,7 @@ def bench(
     """Medians of `repeat` runs of a random prompt and greedy decoding that does not stop early, token by token."""
     if min(prompt_tokens, new_tokens, repeat) < 1:
         raise UsageError("prompt tokens, new tokens and repeats must be at least 1")
-    session.check_fits(prompt_tokens + new_tokens)
+    check_room(session, prompt_tokens, new_tokens)
     prompt = [int(i) for i in np.random.default_rng(0).integers(0, session.vocab_size, prompt_tokens)]
     session.prefill(prompt[: PREFILL_AT_LEAST + 1], session.new_cache(adapter))  # the first run also sets buffers up
     runs = [_run(session, prompt, new_tokens, adapter) for _ in range(repeat)]
@@ -69,6 +69,15 @@ def bench(
         threads=session.threads,
         provider=session.provider,
     )
+
+
+def check_room(session: Session, prompt_tokens: int, steps: int) -> None:
+    """Raise ContextOverflowError unless a prompt and so many steps after it fit the context."""
+    if prompt_tokens + steps > session.context_length:
+        raise ContextOverflowError(
+            f"a prompt of {prompt_tokens} tokens and {steps} steps after it do not fit the model's context of "
+            f"{session.context_length}; lower --prompt-tokens or --new-tokens"
+        )
 
 
 def decode_speed(session: Session, *, prompt_tokens: int = 32, new_tokens: int = 48) -> float:

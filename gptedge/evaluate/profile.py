@@ -14,7 +14,8 @@ from typing import Any
 from gptedge.runtime.adapter import Adapter
 from gptedge.runtime.session import Session
 
-_STEPS = 16
+PROFILED_STEPS = 16
+"""Steps that are recorded, after the prompt."""
 
 
 def decode_profile(session: Session, *, prompt_tokens: int, adapter: Adapter | None = None) -> dict[str, float]:
@@ -22,7 +23,7 @@ def decode_profile(session: Session, *, prompt_tokens: int, adapter: Adapter | N
     with tempfile.TemporaryDirectory() as folder, session.profiled(Path(folder) / "profile") as end:
         cache = session.new_cache(adapter)
         session.prefill([i % session.vocab_size for i in range(prompt_tokens)], cache)
-        for _ in range(_STEPS):
+        for _ in range(PROFILED_STEPS):
             session.run([0], cache)
         events = json.loads(Path(end()).read_text())
     return _by_operator(events)
@@ -30,8 +31,8 @@ def decode_profile(session: Session, *, prompt_tokens: int, adapter: Adapter | N
 
 def _by_operator(events: list[dict[str, Any]]) -> dict[str, float]:
     runs = [e for e in events if e.get("cat") == "Session" and e["name"] == "model_run"]
-    begin, spent = runs[-_STEPS]["ts"], Counter[str]()
+    begin, spent = runs[-PROFILED_STEPS]["ts"], Counter[str]()
     for e in events:
         if e.get("cat") == "Node" and e["ts"] >= begin and e["name"].endswith("_kernel_time"):
             spent[e["args"]["op_name"]] += e["dur"]
-    return {name: round(us / 1000 / _STEPS, 3) for name, us in spent.most_common()}
+    return {name: round(us / 1000 / PROFILED_STEPS, 3) for name, us in spent.most_common()}

@@ -245,6 +245,12 @@ def test_wrong_numbers_are_found_by_verification(
         (["export", "{checkpoint}", "{fresh}", "--dtype", "fp15"], 2, "did you mean fp1"),
         (["pull", "smolm2"], 2, "smollm2-135m-instruct"),
         (["bench", "{bundle}", "--repeat", "0"], 2, "at least 1"),
+        (
+            ["bench", "{bundle}", "--prompt-tokens", "900000"],
+            1,
+            "context of 300; lower --prompt-tokens or --new-tokens",
+        ),
+        (["bench", "{bundle}", "--tune", "--threads", "0"], 2, "--tune finds the number of threads"),
         (["train", "--data", "nowhere", "--out", "{fresh}"], 1, "nowhere"),
         (["train", "--data", "{short}", "--out", "{fresh}", "--preset", "giant"], 2, "giant"),
     ],

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from gptedge.bundle import open_bundle
 from gptedge.evaluate.profile import decode_profile
 from gptedge.runtime.session import Session
+from tests.cli.run import run
 from tests.conftest import gptedge_json
 
 
@@ -28,3 +31,11 @@ def test_products_are_in_it_and_the_session_goes_on(quantized_bundle: Path, tmp_
 def test_flag(tiny_bundle: Path) -> None:
     got = gptedge_json("bench", tiny_bundle, "--prompt-tokens", 8, "--new-tokens", 4, "--repeat", 1, "--roofline")
     assert got["roofline"]["decode_profile_ms"]["GroupQueryAttention"] >= 0
+
+
+def test_a_context_too_small_for_the_profile_is_said_before_measuring(
+    capsys: pytest.CaptureFixture[str], tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gptedge.evaluate.bench.bench", None)
+    code, _, err = run(capsys, "bench", tiny_bundle, "--prompt-tokens", 290, "--new-tokens", 4, "--roofline")
+    assert (code, "290 tokens and 16 steps" in err) == (1, True)

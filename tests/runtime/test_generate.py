@@ -307,24 +307,6 @@ def test_module_functions(tiny_bundle: Path, model: gptedge.Model) -> None:
     assert gptedge.chat(model, max_tokens=2).send("hi").usage.completion_tokens <= 2
 
 
-async def test_async_model(tiny_bundle: Path, model: gptedge.Model, tmp_path: Path) -> None:
-    async with await gptedge.AsyncModel.load(tiny_bundle, threads=1) as twin:
-        assert await twin.generate("The", max_tokens=5) == model.generate("The", max_tokens=5)
-        assert await twin.generate(["The", "fox"], max_tokens=5) == model.generate(["The", "fox"], max_tokens=5)
-        text = [chunk.text async for chunk in twin.stream("The", max_tokens=5)]
-        assert "".join(text) == model.generate("The", max_tokens=5)
-        async with twin.chat(max_tokens=4).stream("hi") as stream:
-            async for _ in stream:
-                stream.cancel()
-        assert stream.result.finish_reason in ("cancelled", "stop")
-        chat = twin.chat(max_tokens=4)
-        await chat.send("hi")
-        await chat.save_cache(tmp_path / "chat.kv")
-        again = twin.chat()
-        await again.load_cache(tmp_path / "chat.kv")
-        assert again.chat.messages == chat.chat.messages
-
-
 def test_quantized_bundles_stay_close(quantized_bundle: Path, model: gptedge.Model) -> None:
     """Not a measure of quality (the weights are random): a wrong layout would leave no correlation at all."""
     ids = model.tokenizer.encode("The quick brown fox jumps over the lazy dog. 0123456789")

@@ -1,0 +1,81 @@
+"""The asyncio twins: the same answers, and nothing that `Model`, `Chat` and `Stream` can do is missing."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+import pytest
+
+import gptedge
+from gptedge.model import Model
+
+INNER = {"bundle", "session", "tokenizer", "threads_from", "chat_template", "chat_prompt", "window", "checked_prompt"}
+"""Of a model; through `AsyncModel.model`."""
+
+
+@pytest.fixture(scope="module")
+def model(tiny_bundle: Path) -> Model:
+    return gptedge.load(tiny_bundle, threads=1)
+
+
+def public(thing: object) -> set[str]:
+    return {name for name in dir(thing) if not name.startswith("_")}
+
+
+def test_the_twins_have_the_same_names_and_arguments(model: Model) -> None:
+    chat = model.chat()
+    twins = [
+        (model, gptedge.AsyncModel(model), INNER, {"model", "load"}),
+        (chat, gptedge.AsyncChat(chat), set(), {"chat"}),
+        (gptedge.Stream, gptedge.AsyncStream, set(), set()),
+    ]
+    for plain, twin, inner, own in twins:
+        assert public(plain) - inner == public(twin) - own
+        for name in public(plain) - inner:
+            if inspect.isroutine(getattr(plain, name)):
+                ours, theirs = (list(inspect.signature(getattr(t, name)).parameters) for t in (plain, twin))
+                # what is named here goes through the other's **changes, or is awaited apart
+                assert [p for p in ours if p not in ("batch_size", "cache")] == theirs, name
+
+
+async def test_answers_are_those_of_the_model(tiny_bundle: Path, model: gptedge.Model, tmp_path: Path) -> None:
+    async with await gptedge.AsyncModel.load(tiny_bundle, threads=1) as twin:
+        assert await twin.generate("The", max_tokens=5) == model.generate("The", max_tokens=5)
+        assert await twin.generate(["The", "fox"], max_tokens=5) == model.generate(["The", "fox"], max_tokens=5)
+        text = [chunk.text async for chunk in twin.stream("The", max_tokens=5)]
+        assert "".join(text) == model.generate("The", max_tokens=5)
+        async with twin.chat(max_tokens=4).stream("hi") as stream:
+            async for _ in stream:
+                stream.cancel()
+        assert stream.result.finish_reason in ("cancelled", "stop")
+        chat = twin.chat(max_tokens=4)
+        await chat.send("hi")
+        await chat.save_cache(tmp_path / "chat.kv")
+        again = twin.chat()
+        await again.load_cache(tmp_path / "chat.kv")
+        assert again.messages == chat.messages
+        with pytest.raises(gptedge.UsageError, match="await its load_cache"):
+            twin.chat(cache=tmp_path / "chat.kv")
+
+
+async def test_what_the_twins_have_beyond_asking(tiny_bundle: Path) -> None:
+    model = await gptedge.AsyncModel.load(tiny_bundle, threads=1)
+    params = gptedge.SamplingParams(max_tokens=3)
+    assert await model.generate("The", params) == (await model.run("The", params)).text
+    ids = model.model.tokenizer.encode("The", add_special_tokens=True)
+    assert "".join([c.text async for c in model.stream_ids(ids, params)]) == await model.generate("The", params)
+    chat = model.chat(system="S", params=params)
+    await chat.send("one")
+    twin = await chat.fork()
+    twin.edit(1, "two")
+    async for _ in twin.regenerate():
+        pass
+    assert [m["content"] for m in twin.messages][:2] == ["S", "two"]
+    chat.load_dict(twin.to_dict())
+    assert chat.messages == twin.messages
+    chat.clear()
+    assert chat.messages == twin.messages[:1]
+    await model.close()
+    with pytest.raises(gptedge.BundleError, match="closed"):
+        await model.generate("The")
