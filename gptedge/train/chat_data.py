@@ -195,7 +195,7 @@ def _record(row: Any) -> Record:
 
 
 def _parsed(line: str) -> Record:
-    return _record(_parse(line))
+    return _record(_parse(line.rstrip()))
 
 
 def _first(row: Mapping[str, Any], names: Iterable[str]) -> str | None:

@@ -67,6 +67,13 @@ class Tally:
             said.append(f"skipped {self.bad:,} broken lines; the first: {self.first_bad}")
         return said
 
+    def why_nothing(self) -> str:
+        """Of a pass that found no text."""
+        if not self.bad:
+            return "every document of it is empty"
+        others = "the others are empty" if self.empty else "there are no others"
+        return f"{self.bad:,} lines are broken, and {others}; the first: {self.first_bad}"
+
 
 class Files:
     """A corpus of files and folders; folders are walked in the order of names."""
@@ -170,7 +177,8 @@ def scan(corpus: Corpus) -> Scan:
             lengths.append(length)
             one, length = hashlib.sha256(), 0
     if not lengths:
-        raise DataError("there is no text in the data; every document of it is empty")
+        tally = corpus.tally if isinstance(corpus, Files) else Tally()
+        raise DataError(f"there is no text in the data; {tally.why_nothing()}")
     return Scan(whole.hexdigest(), digests, lengths)
 
 

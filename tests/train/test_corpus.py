@@ -118,6 +118,15 @@ def test_unusable_files_are_refused(name: str, content: bytes, message: str, tmp
         scan(Files([tmp_path]))
 
 
+@pytest.mark.parametrize(("more", "others"), [("", "there are no others"), ('{"text": ""}\n', "the others are empty")])
+def test_lines_that_are_all_broken_are_counted(more: str, others: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("{\n[]\n" + more)
+    with pytest.raises(
+        DataError, match=rf"no text in the data; 2 lines are broken, and {others}; the first: .* line 1: "
+    ):
+        scan(Files([tmp_path], skip_bad=True))
+
+
 def test_paths_with_nothing_to_read_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nowhere does not exist"):
         Files([tmp_path / "nowhere"])

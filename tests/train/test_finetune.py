@@ -140,7 +140,7 @@ def test_the_report_says_what_became_of_the_data(source: Checkpoint, facts: Path
     long = {"prompt": "fox " * 200, "completion": "dog"}
     (tmp_path / "more.jsonl").write_text(json.dumps(long) + "\n{\n")
     messages: list[str] = []
-    with pytest.raises(DataError, match=r"more\.jsonl, line 2: not JSON"):
+    with pytest.raises(DataError, match=r"more\.jsonl, line 2: not JSON \(.*: line 1 column 2 \(char 1\)\)"):
         finetune(source, [facts, tmp_path / "more.jsonl"], tmp_path / "m", config=SHORT)
     assert not (tmp_path / "m").exists()
     config = replace(SHORT, max_steps=1, context_length=100)
