@@ -1,9 +1,8 @@
 """From messages to the token ids of a prompt, such that nobody can write another's role.
 
 A template marks roles with special tokens. The same letters inside a message are only letters: they are taken out
-before
-rendering and encoded as ordinary text afterwards. Messages without such letters are encoded as one whole with the
-template, as other programs do.
+before rendering and encoded as ordinary text afterwards. Messages without such letters are encoded as one whole with
+the template, as other programs do.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from gptedge.chat_template import ChatTemplate
 from gptedge.tokenizer import Tokenizer
 
-_MARK = "\uf8ff"  # of a private use area, where no text has letters
+_MARK = "\uf8ff"  # of a private use area, where text rarely has letters; in a message it is marked itself
 _MARKED = re.compile(f"{_MARK}(\\d+){_MARK}")
 
 
@@ -23,8 +22,8 @@ class ChatPrompt:
         self._template = template
         self._tokenizer = tokenizer
         names = (tokenizer.id_to_token(i) for i in sorted(tokenizer.special_ids))
-        self._special = sorted(filter(None, names), key=len, reverse=True)
-        self._find_special = re.compile("|".join(map(re.escape, self._special))) if self._special else None
+        self._special = sorted([*filter(None, names), _MARK], key=len, reverse=True)
+        self._find_special = re.compile("|".join(map(re.escape, self._special)))
 
     def ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids of the prompt for a reply to `messages`."""
@@ -51,6 +50,4 @@ class ChatPrompt:
 
     def marked(self, content: str) -> str:
         """A message's text as `render` puts it into the template."""
-        if self._find_special is None:
-            return content
         return self._find_special.sub(lambda found: f"{_MARK}{self._special.index(found[0])}{_MARK}", content)

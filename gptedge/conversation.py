@@ -13,6 +13,7 @@ from gptedge.config import SamplingParams
 from gptedge.errors import DataError, UsageError
 from gptedge.runtime.generate import Chunk, Result, Stream, chunks
 from gptedge.runtime.kv_file import load_cache, save_cache
+from gptedge.text import checked_text
 from gptedge.turns import Messages, Turns
 
 if TYPE_CHECKING:
@@ -39,7 +40,9 @@ class Chat:
         self.dropped_messages = 0
         """Oldest messages, the system message aside, that the model no longer sees: they did not fit its context."""
         self.params = params
-        self.messages: list[dict[str, str]] = [] if system is None else [{"role": "system", "content": system}]
+        self.messages: Messages = []
+        if system is not None:
+            self.messages.append({"role": "system", "content": checked_text(system, "system")})
 
     def send(self, text: str, **changes: Any) -> Result:
         """Ask, and wait for the whole reply. `changes` are sampling parameters for this reply."""
@@ -51,7 +54,7 @@ class Chat:
     def stream(self, text: str, **changes: Any) -> Stream:
         """Ask, and get the reply chunk by chunk."""
         before = list(self.messages)
-        return self._reply(before, [*before, {"role": "user", "content": text}], changes)
+        return self._reply(before, [*before, {"role": "user", "content": checked_text(text, "the message")}], changes)
 
     def regenerate(self, **changes: Any) -> Stream:
         """Answer the last question anew; the reply there was is dropped."""
@@ -66,6 +69,7 @@ class Chat:
         with self._idle():
             if not -len(self.messages) <= index < len(self.messages):
                 raise UsageError(f"there is no message {index}; the conversation has {len(self.messages)}")
+            checked_text(text, "the message")
             index %= len(self.messages)
             self.dropped_messages = 0
             self.messages = [*self.messages[:index], {**self.messages[index], "content": text}]
@@ -91,7 +95,7 @@ class Chat:
     def load_dict(self, data: Mapping[str, Any]) -> None:
         """Take over a conversation that `to_dict` gave. Raises DataError when it is not one."""
         with self._idle():
-            self.messages = checked_messages(data.get("messages"))
+            self.messages = checked_messages(data.get("messages") if isinstance(data, Mapping) else None)
             self.dropped_messages = 0
 
     def save_cache(self, path: str | Path) -> None:
@@ -154,7 +158,7 @@ class Chat:
                 self._spoken = (turns.text + reply, [*turns.ids, *result.token_ids])
             self._busy.release()
 
-        return Stream(make, end)
+        return Stream(make, end, prompt_tokens=len(window.ids))
 
     @contextmanager
     def _idle(self) -> Iterator[None]:
@@ -183,7 +187,7 @@ def _checked_spoken(value: Any) -> tuple[str, list[int]]:
 def checked_messages(value: Any) -> list[dict[str, str]]:
     """Messages as [{"role", "content"}]. Raises DataError naming the first that is something else."""
     if not isinstance(value, list):
-        raise DataError("messages must be a list of {role, content}")
+        raise DataError("a conversation must have messages, a list of {role, content}, as to_dict gives it")
     for i, m in enumerate(value):
         if not isinstance(m, Mapping) or m.get("role") not in ROLES or not isinstance(m.get("content"), str):
             raise DataError(f"message {i} must have a role of {', '.join(ROLES)} and content that is text")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
+from operator import index
 from pathlib import Path
 from threading import Event
 from types import TracebackType
@@ -21,7 +22,9 @@ from gptedge.runtime.adapter import Adapter
 from gptedge.runtime.batch import BATCH_SIZE, generate_batch
 from gptedge.runtime.context import PlainText, Shortener, Window
 from gptedge.runtime.generate import Chunk, Result, Stream, chunks
+from gptedge.runtime.sampling import check_bias
 from gptedge.runtime.session import Session
+from gptedge.text import checked_text
 from gptedge.tokenizer import Tokenizer
 
 
@@ -81,14 +84,18 @@ class Model:
                 for _ in stream:
                     pass
             return stream.result
+        if not isinstance(prompt, Iterable) or isinstance(prompt, bytes):
+            raise UsageError(f"the prompt is {repr(prompt)[:60]}; it must be text (str), or a list of texts")
         settings = sampling_params(params, changes)
-        windows = [self.window(self.tokenizer.encode(p, add_special_tokens=True), settings) for p in prompt]
+        windows = [self.window(self._encode(p), settings) for p in prompt]
         return generate_batch(self.session, self.tokenizer, windows, settings, batch_size, self.adapter)
 
     def stream(self, prompt: str, params: SamplingParams | None = None, **changes: Any) -> Stream:
         """The text that follows `prompt`, chunk by chunk. Raises ContextOverflowError when the prompt does not fit."""
-        ids = self.tokenizer.encode(prompt, add_special_tokens=True)
-        return self.stream_ids(ids, params, **changes)
+        return self.stream_ids(self._encode(prompt), params, **changes)
+
+    def _encode(self, prompt: str) -> list[int]:
+        return self.tokenizer.encode(checked_text(prompt, "the prompt"), add_special_tokens=True)
 
     def stream_ids(self, prompt: Sequence[int], params: SamplingParams | None = None, **changes: Any) -> Stream:
         """Like `stream`, of token ids."""
@@ -98,7 +105,7 @@ class Model:
         def make(cancelled: Event) -> Iterator[Chunk]:
             return chunks(self.session, self.tokenizer, self.session.new_cache(adapter), window, settings, cancelled)
 
-        return Stream(make, on_end=lambda _: None)
+        return Stream(make, on_end=lambda _: None, prompt_tokens=len(window.ids))
 
     def chat(
         self,
@@ -137,9 +144,14 @@ class Model:
         """A prompt that can be run: `ids`, or the beginning-of-text token where they are none.
 
         With context_overflow "shift", `shortener` says what goes where it does not fit; without one, the oldest tokens
-        do. Raises ContextOverflowError when no room is left for a token of the reply.
+        do. Raises ContextOverflowError when no room is left for a token of the reply, UsageError where ids, or those of
+        logit_bias, are not the vocabulary's.
         """
-        ids = list(ids)
+        check_bias(params, self.session.vocab_size)
+        try:
+            ids = [index(i) for i in ids]
+        except TypeError:
+            raise UsageError("the prompt is not a list of token ids, which are whole numbers") from None
         if not ids:
             if self.tokenizer.bos_id is None:
                 raise UsageError("the prompt is empty, and this model has no beginning-of-text token to start from")
@@ -174,6 +186,8 @@ class Model:
 
 def sampling_params(params: SamplingParams | None, changes: dict[str, Any]) -> SamplingParams:
     """`params`, or the defaults, with some fields changed. Raises UsageError for a name that is not a field."""
+    if params is not None and not isinstance(params, SamplingParams):
+        raise UsageError(f"params is {repr(params)[:60]}; it must be SamplingParams, or give settings by name")
     known = {f.name for f in dataclasses.fields(SamplingParams)}
     if unknown := sorted(set(changes) - known):
         raise UsageError(f"{unknown[0]!r} is not a sampling parameter; known are {', '.join(sorted(known))}")

@@ -1,10 +1,17 @@
-"""Reading text strictly as UTF-8, with an error that says where it is not."""
+"""Text, strictly: files must be UTF-8, with an error that says where they are not, and arguments must be str."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from gptedge.errors import DataError
+from gptedge.errors import DataError, UsageError
+
+
+def checked_text(value: object, name: str) -> str:
+    """`value`, which must be text. Raises UsageError."""
+    if not isinstance(value, str):
+        raise UsageError(f"{name} is {repr(value)[:60]}; it must be text (str)")
+    return value
 
 
 def read_text(path: Path) -> str:

@@ -31,7 +31,6 @@ Post = Callable[[Message], object]
 @dataclass
 class Loaded(Message):
     model: Model
-    seconds: float
 
 
 @dataclass
@@ -65,13 +64,12 @@ class Loader(threading.Thread):
         self.model: Model | None = None
 
     def run(self) -> None:
-        start = time.perf_counter()
         try:
             self.model = self._load()
         except Exception as e:  # a thread has no caller: the app is told, and ends with it
             self._post(LoadFailed(e))
         else:
-            self._post(Loaded(self.model, time.perf_counter() - start))
+            self._post(Loaded(self.model))
 
 
 class Reply(threading.Thread):

@@ -62,6 +62,8 @@ TopK = Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps al
 TopP = Annotated[float, typer.Option(help="Nucleus sampling.")]
 MinP = Annotated[float, typer.Option(help="Least likelihood relative to the likeliest token.")]
 RepetitionPenalty = Annotated[float, typer.Option(help="Above 1 discourages repeating.")]
+PresencePenalty = Annotated[float, typer.Option(help="Subtracted from logits of tokens of the reply so far.")]
+FrequencyPenalty = Annotated[float, typer.Option(help="The same, once for each time that they came.")]
 ContextOverflow = Annotated[
     str, typer.Option(metavar="error|shift", help="When the context is full: fail, or leave out what is oldest.")
 ]
@@ -104,12 +106,16 @@ def one_of(option: str, value: str, known: Iterable[str]) -> None:
 
 
 def text_argument(argument: str | None) -> str:
-    """The text given, or standard input for - or nothing. Raises UsageError where nobody pipes to it."""
+    """The text given, or standard input for - or nothing, without the line break that `echo` ends it with.
+
+    Raises UsageError where nobody pipes to it.
+    """
     if argument is not None and argument != "-":
         return argument
     if argument is None and sys.stdin.isatty():
         raise UsageError("there is no prompt; give one, or - to read it from standard input")
-    return decode_utf8(sys.stdin.buffer.read(), "standard input")
+    text = decode_utf8(sys.stdin.buffer.read(), "standard input")
+    return text[:-1].removesuffix("\r") if text.endswith("\n") else text
 
 
 def check_page(out: Path, *, force: bool) -> None:

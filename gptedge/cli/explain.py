@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 def command(
     source: Annotated[Path, typer.Argument(metavar="CHECKPOINT|BUNDLE", help="A model, before or after export.")],
-    text: Annotated[str, typer.Argument(metavar="TEXT", help="What to look at; - reads it from stdin.")],
+    text: Annotated[
+        str, typer.Argument(metavar="TEXT", help="What to look at; - reads stdin, without its last line break.")
+    ],
     html: Annotated[Path | None, typer.Option(help="Write a page with every map instead.")] = None,
     layer: Annotated[int | None, typer.Option(help="Show the attention of this layer's heads, counted from 0.")] = None,
     head: Annotated[int | None, typer.Option(help="Of that layer, show this head's attention in numbers.")] = None,

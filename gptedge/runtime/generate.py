@@ -38,7 +38,7 @@ class Usage:
 @dataclass(frozen=True)
 class Timings:
     ttft_ms: float
-    """From the call to the first token, milliseconds."""
+    """To the first token, milliseconds; from when a stream's first chunk is asked for: nothing is run before."""
     prefill_tokens_per_s: float
     """Prompt tokens that had to be run (those already in the KV cache do not count) per second."""
     decode_tokens_per_s: float
@@ -237,9 +237,17 @@ class Stream:
     """
 
     def __init__(
-        self, make_chunks: Callable[[threading.Event], Iterator[Chunk]], on_end: Callable[[Result | None], None]
+        self,
+        make_chunks: Callable[[threading.Event], Iterator[Chunk]],
+        on_end: Callable[[Result | None], None],
+        *,
+        prompt_tokens: int = 0,
     ) -> None:
-        """`on_end` is called once what `make_chunks` gave has been read, with the result, or None when nothing came."""
+        """`on_end` is called once what `make_chunks` gave has been read, with the result, or None when nothing came.
+
+        `prompt_tokens` is for the result of a reply that an error ended, and so has no last chunk.
+        """
+        self._prompt_tokens = prompt_tokens
         self._cancelled = threading.Event()
         self._on_end = on_end
         self._chunks = self._run(make_chunks)
@@ -257,7 +265,7 @@ class Stream:
                 yield chunk
         finally:
             if self._result is None and got:
-                self._result = join(got)
+                self._result = join(got, self._prompt_tokens)
             self._on_end(self._result)
 
     def __iter__(self) -> Iterator[Chunk]:
@@ -295,7 +303,7 @@ class Stream:
         return self._result
 
 
-def join(parts: Sequence[Chunk]) -> Result:
+def join(parts: Sequence[Chunk], prompt_tokens: int = 0) -> Result:
     """One result of all chunks; without a last one, the reply counts as cancelled."""
     last = parts[-1]
     ids = tuple(i for part in parts for i in part.token_ids)
@@ -304,7 +312,7 @@ def join(parts: Sequence[Chunk]) -> Result:
         text="".join(part.text for part in parts),
         token_ids=ids,
         finish_reason=last.finish_reason or "cancelled",
-        usage=last.usage or Usage(0, len(ids)),
+        usage=last.usage or Usage(prompt_tokens, len(ids)),
         timings=last.timings or Timings(0.0, 0.0, 0.0),
         logprobs=tuple(logprobs) or None,
     )

@@ -38,7 +38,14 @@ _ALIGNMENT = 64
 
 
 def save_cache(path: Path, session: Session, cache: KVCache, state: Mapping[str, Any]) -> None:
-    """Write `cache` and `state`, which is JSON-ready, to a file that only its owner may read."""
+    """Write `cache` and `state`, which is JSON-ready, to a file that only its owner may read. Raises DataError."""
+    try:
+        _write(path, session, cache, state)
+    except OSError as e:
+        raise DataError(f"{path} cannot be written: {e.strerror or e}") from None
+
+
+def _write(path: Path, session: Session, cache: KVCache, state: Mapping[str, Any]) -> None:
     header = _padded(
         json.dumps(
             {**_identity(session, cache.adapter), "ids": cache.ids, "state": dict(state)}, ensure_ascii=False

@@ -35,12 +35,16 @@ class TokenLogprob:
     """The likeliest tokens and their log-probabilities, likeliest first."""
 
 
+def check_bias(params: SamplingParams, vocab_size: int) -> None:
+    """Raise UsageError where a bias is for a token that there is not."""
+    if unknown := next((i for i in params.logit_bias if i >= vocab_size), None):
+        raise UsageError(f"logit_bias names the token {unknown}, which is outside the vocabulary of {vocab_size}")
+
+
 class Sampler:
     """Draws tokens for one generation: remembers its random state and what has been generated."""
 
     def __init__(self, params: SamplingParams, prompt: Sequence[int], vocab_size: int) -> None:
-        if unknown := next((i for i in params.logit_bias if not 0 <= i < vocab_size), None):
-            raise UsageError(f"logit_bias names the token {unknown}, which is outside the vocabulary of {vocab_size}")
         self._params = params
         self._random = np.random.default_rng(params.seed)
         self._seen = np.zeros(vocab_size, bool)

@@ -138,7 +138,6 @@ class Session:
         signature = read_signature(self.bundle, self._session, kind)
         self.signature = signature
         self.n_layer, self.vocab_size = signature.n_layer, signature.vocab_size
-        self.n_kv_head, self.head_dim = signature.cache.shapes[0]
         self.context_length = signature.context_length
         self._output_names = [LOGITS, *present_names(self.n_layer)]
         cpu, own = (self._ort.OrtDevice.make(place, 0)._get_c_device() for place in ("cpu", kind))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import io
 import json
 import sys
@@ -9,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from gptedge.cli import main
+from gptedge.cli import generate, main
+from gptedge.config import SamplingParams
 from gptedge.export.parity import TOLERANCE
 from tests.cli.run import run, run_json
 
@@ -95,8 +98,16 @@ def test_generate_reads_a_pipe(
     capsys: pytest.CaptureFixture[str], tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = run(capsys, "generate", tiny_bundle, "The quick", "--max-tokens", "5")[1]
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"The quick")))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"The quick\n")))
     assert run(capsys, "generate", tiny_bundle, "-", "--max-tokens", "5") == (0, expected, "")
+
+
+def test_generate_has_every_setting_that_a_flag_can_hold(capsys: pytest.CaptureFixture[str], tiny_bundle: Path) -> None:
+    fields = {f.name for f in dataclasses.fields(SamplingParams)}
+    assert fields - set(inspect.signature(generate.command).parameters) == {"logit_bias", "logprobs"}
+    for flag in ("--presence-penalty", "--frequency-penalty"):
+        ids = run_json(capsys, "generate", tiny_bundle, "The", "--max-tokens", "40", flag, "100")["token_ids"]
+        assert len(set(ids)) == len(ids)
 
 
 def test_inspect_verify_bench_doctor(capsys: pytest.CaptureFixture[str], tiny_bundle: Path) -> None:

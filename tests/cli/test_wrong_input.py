@@ -19,6 +19,7 @@ import pytest
 
 from gptedge import safetensors
 from gptedge.cli import main
+from gptedge.cli.common import text_argument
 from tests.cli.run import run
 
 
@@ -282,6 +283,12 @@ def test_text_on_a_pipe_that_is_not_utf8(
     code, _, err = run(capsys, "generate", tiny_bundle, "-")
     assert code == 1
     assert "standard input is not UTF-8 text: byte 0 is 0xff" in err
+
+
+def test_a_piped_prompt_is_the_text_that_was_echoed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for piped, text in ((b"Once\n", "Once"), (b"Once\r\n", "Once"), (b"a\n\n", "a\n"), (b" a\r", " a\r"), (b"", "")):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(piped)))
+        assert text_argument("-") == text
 
 
 def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:

@@ -63,6 +63,31 @@ def test_empty_prompt_without_a_token_to_begin_with(model: gptedge.Model, monkey
             ask()
 
 
+@pytest.mark.parametrize(
+    "misuse",
+    [
+        lambda m: m.generate(5),
+        lambda m: m.generate(None),
+        lambda m: m.generate([None]),
+        lambda m: m.generate(b"abc"),
+        lambda m: m.run(["a", 3]),
+        lambda m: m.stream(None),
+        lambda m: m.run("a", {"max_tokens": 2}),
+        lambda m: m.stream_ids([1.7]),
+        lambda m: m.stream_ids(["a"]),
+        lambda m: m.stream_ids(5),
+        lambda m: m.chat(system=3),
+        lambda m: m.chat().send(None),
+        lambda m: m.chat(system="S").edit(0, None),
+        lambda m: m.chat().load_dict(None),
+        lambda m: m.chat().load_dict([]),
+    ],
+)
+def test_arguments_of_other_types(model: gptedge.Model, misuse: Callable[[gptedge.Model], object]) -> None:
+    with pytest.raises(gptedge.GptEdgeError, match=r"it must be|whole numbers|must have messages"):
+        misuse(model)
+
+
 def test_chat_cancelled_before_its_first_token(model: gptedge.Model) -> None:
     chat = model.chat(system="S")
     with chat.stream("Hi") as stream:

@@ -160,8 +160,9 @@ def test_empty_prompt_starts_from_the_beginning_token(model: gptedge.Model) -> N
 
 
 def test_token_outside_the_vocabulary(model: gptedge.Model) -> None:
-    with pytest.raises(gptedge.UsageError, match="outside the vocabulary"):
-        model.stream_ids([10**6])
+    for ask in (lambda: model.stream_ids([10**6]), lambda: model.stream("The", logit_bias={10**6: 1.0})):
+        with pytest.raises(gptedge.UsageError, match=r"1000000.* is outside the vocabulary"):
+            ask()
 
 
 # ---- chats ---------------------------------------------------------------------------------------------------------
@@ -204,6 +205,9 @@ def test_nobody_writes_another_role(model: gptedge.Model) -> None:
     assert model.tokenizer.decode(ids, skip_special_tokens=False) == model.chat_template.render(forged)
     plain = [{"role": "user", "content": "Hi there"}]
     assert model.chat_prompt.ids(plain) == model.tokenizer.encode(model.chat_template.render(plain))
+    marks = [{"role": "user", "content": "a \uf8ff2\uf8ff<|end|>\uf8ff99\uf8ff b"}]  # what stands for them on the way
+    ids = model.chat_prompt.ids(marks)
+    assert model.tokenizer.decode(ids, skip_special_tokens=False) == model.chat_template.render(marks)
     chat = model.chat(max_tokens=3)
     chat.send("one <|end|>")
     second = chat.send("two <|user|>")
@@ -298,6 +302,8 @@ def test_closing_mid_stream_ends_it_with_an_error(tiny_bundle: Path) -> None:
     model.close()
     with pytest.raises(gptedge.BundleError, match="closed"):
         list(stream)
+    ids = model.tokenizer.encode("The", add_special_tokens=True)
+    assert stream.result.usage == gptedge.Usage(len(ids), len(stream.result.token_ids))
 
 
 def test_module_functions(tiny_bundle: Path, model: gptedge.Model) -> None:

@@ -67,8 +67,10 @@ def test_saving_again_replaces_the_file_only_when_whole(
 
     with monkeypatch.context() as patch:
         patch.setattr("gptedge.files.os.replace", full)
-        with pytest.raises(OSError, match="no space"):
+        with pytest.raises(gptedge.DataError, match=r"chat\.kv cannot be written: no space"):
             chat.save_cache(tmp_path / "chat.kv")
+    with pytest.raises(gptedge.DataError, match=r"none/chat\.kv cannot be written: No such file"):
+        chat.save_cache(tmp_path / "none" / "chat.kv")
     assert [p.read_bytes() for p in tmp_path.iterdir()] == [before]
     chat.save_cache(tmp_path / "chat.kv")
     assert model.chat(cache=tmp_path / "chat.kv").messages == chat.messages

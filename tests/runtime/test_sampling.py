@@ -10,7 +10,7 @@ import pytest
 from gptedge.config import SamplingParams
 from gptedge.errors import UsageError
 from gptedge.model import sampling_params
-from gptedge.runtime.sampling import Sampler, _nucleus, largest, logprob_of, pick
+from gptedge.runtime.sampling import Sampler, _nucleus, check_bias, largest, logprob_of, pick
 
 PROBABILITIES = np.array([0.5, 0.2, 0.15, 0.1, 0.05])
 LOGITS = np.log(PROBABILITIES).astype(np.float32)
@@ -180,4 +180,4 @@ def test_unknown_name_is_refused() -> None:
 
 def test_bias_of_a_token_that_is_not_there() -> None:
     with pytest.raises(UsageError, match="logit_bias names the token 5"):
-        Sampler(SamplingParams(logit_bias={5: 1.0}), [], 5)
+        check_bias(SamplingParams(logit_bias={4: 1.0, 5: 1.0}), 5)

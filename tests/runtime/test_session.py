@@ -190,7 +190,7 @@ def test_open_sizes_come_from_config_json(portable_bundle: Path, tmp_path: Path)
     value = json.loads(config.read_text())
     del value["head_dim"]
     config.write_text(json.dumps({**value, "hidden_size": 96}))  # 16 for each of 6 heads
-    assert Session(open_bundle(tmp_path / "b"), threads=1).head_dim == 16
+    assert Session(open_bundle(tmp_path / "b"), threads=1).signature.cache.shapes[0][1] == 16
     del value["num_key_value_heads"]
     config.write_text(json.dumps({**value, "num_attention_heads": None}))
     with pytest.raises(BundleError, match=r"leaves axis 1 of past_key_values\.0\.key open, .* no num_key_value_heads"):
