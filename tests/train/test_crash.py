@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from gptedge.checkpoint import open_checkpoint
 from gptedge.errors import TrainingError
@@ -20,7 +21,7 @@ from gptedge.train.config import TrainConfig
 from gptedge.train.finetune import finetune
 from gptedge.train.finetune_config import FinetuneConfig
 from gptedge.train.run import run_training
-from gptedge.train.state import load_state
+from gptedge.train.state import load_state, save_state
 from gptedge.train.trainer import StepReport
 from tests.train.forked import start
 from tests.train.test_run import interrupt_at, outcome
@@ -102,6 +103,14 @@ def disk_full() -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("size", [13_000, 100_000])
+def test_a_full_disk_is_the_systems_error_and_not_torchs(size: int, tmp_path: Path) -> None:
+    """Where the file's buffer still holds something, closing it fails as well."""
+    with disk_full(), pytest.raises(OSError, match="File too large"):
+        save_state(tmp_path, {"weights": torch.zeros(size)}, step=1, keep=1)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_full_disk_ends_the_run_and_keeps_what_it_had(texts: Path, tiny: TrainConfig, tmp_path: Path) -> None:
