@@ -67,8 +67,8 @@ class Chat:
     def edit(self, index: int, text: str) -> None:
         """Replace the text of message `index` (negative counts from the end) and drop what came after it."""
         with self._idle():
-            if not -len(self.messages) <= index < len(self.messages):
-                raise UsageError(f"there is no message {index}; the conversation has {len(self.messages)}")
+            if not isinstance(index, int) or not -len(self.messages) <= index < len(self.messages):
+                raise UsageError(f"there is no message {index!r}; the conversation has {len(self.messages)}")
             checked_text(text, "the message")
             index %= len(self.messages)
             self.dropped_messages = 0

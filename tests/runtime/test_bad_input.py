@@ -79,12 +79,15 @@ def test_empty_prompt_without_a_token_to_begin_with(model: gptedge.Model, monkey
         lambda m: m.chat(system=3),
         lambda m: m.chat().send(None),
         lambda m: m.chat(system="S").edit(0, None),
+        lambda m: m.chat(system="S").edit("0", "x"),
         lambda m: m.chat().load_dict(None),
         lambda m: m.chat().load_dict([]),
     ],
 )
 def test_arguments_of_other_types(model: gptedge.Model, misuse: Callable[[gptedge.Model], object]) -> None:
-    with pytest.raises(gptedge.GptEdgeError, match=r"it must be|whole numbers|must have messages"):
+    with pytest.raises(
+        gptedge.GptEdgeError, match=r"it must be|whole numbers|must have messages|there is no message '0'"
+    ):
         misuse(model)
 
 
