@@ -42,7 +42,8 @@ def read_run(folder: Path, name: str) -> RunReport:
     """The metrics that a trainer wrote. Raises DataError naming the line that is something else."""
     losses, held_out = [], []
     measures: dict[str, list[tuple[int, float]]] = {}
-    for number, line in enumerate(read_text(folder / METRICS).splitlines(), 1):
+    *lines, _ = read_text(folder / METRICS).split("\n")  # what follows the last line's end was cut off while written
+    for number, line in enumerate(lines, 1):
         try:
             entry = json.loads(line)
             losses.append((int(entry["step"]), _finite(entry["loss"])))

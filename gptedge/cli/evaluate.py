@@ -95,6 +95,7 @@ def measure(
                 reference=other.session if other else None,
                 context=context or DEFAULT_CONTEXT,
                 max_windows=max_windows,
+                byte_length=lambda i: len(model.tokenizer.token_bytes(i)),
                 report=report,
             )
         return {**result.as_json(), "size_mb": _size_mb(model)}
@@ -158,7 +159,8 @@ def _lines(facts: dict[str, Any]) -> list[str]:
 def _divergence_lines(facts: dict[str, Any]) -> list[str]:
     if "perplexity" not in facts:
         return []
-    lines = [f"perplexity {facts['perplexity']:.3f} over {facts['tokens']} tokens"]
+    bits = f"; {facts['bits_per_byte']:.3f} bits per byte" if "bits_per_byte" in facts else ""
+    lines = [f"perplexity {facts['perplexity']:.3f} over {facts['tokens']} tokens{bits}"]
     if "kl_divergence" not in facts:
         return lines
     spread = "one window gives no interval"

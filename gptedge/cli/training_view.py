@@ -207,8 +207,6 @@ class View:
             ("learning rate", f"{s.learning_rate:.2e}", sparkline(self.rate.points()[:, 1], _SPARK)),
             ("gradient norm", f"{s.grad_norm:.2f}", sparkline(self.norm.points()[:, 1], _SPARK)),
         ]
-        if (mfu := getattr(s, "mfu", None)) is not None:
-            rows.append(("MFU", f"{mfu:.0%}", "of peak FLOPs"))
         table = Table.grid(padding=(0, 2))
         table.add_column(style="dim", no_wrap=True)
         table.add_column(justify="right", style="bold", no_wrap=True)

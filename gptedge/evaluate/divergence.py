@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,8 @@ class Evaluation:
     ids_sha256: str
     """Of the windows' length and tokens, the first 16 hex digits: equal where two results are of the same text."""
     perplexity: float
+    bits_per_byte: float | None = None
+    """Bits of surprise for each byte of text scored: comparable where tokenizers differ. None without `byte_length`."""
     reference_perplexity: float | None = None
     ppl_increase: float | None = None
     """perplexity / reference_perplexity - 1."""
@@ -75,6 +77,10 @@ class Scores:
         windows, context = self.ids.shape
         return (np.arange(windows)[:, None] * context + np.arange(context // 2 + 1, context)).ravel()
 
+    def targets(self) -> npt.NDArray[np.int64]:
+        """The token that came at each scored position, [N]."""
+        return self.ids.ravel()[self.places()]
+
 
 def evaluate(
     session: Session,
@@ -83,10 +89,12 @@ def evaluate(
     reference: Session | None = None,
     context: int = DEFAULT_CONTEXT,
     max_windows: int | None = None,
+    byte_length: Callable[[int], int] | None = None,
     report: Report = silent,
 ) -> Evaluation:
     """`summarize` of `score`."""
-    return summarize(score(session, ids, reference=reference, context=context, max_windows=max_windows, report=report))
+    scores = score(session, ids, reference=reference, context=context, max_windows=max_windows, report=report)
+    return summarize(scores, byte_length)
 
 
 def score(
@@ -199,17 +207,21 @@ def log_softmax(x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     return x
 
 
-def summarize(scores: Scores) -> Evaluation:
+def summarize(scores: Scores, byte_length: Callable[[int], int] | None = None) -> Evaluation:
+    """`byte_length` gives the bytes of text that a token stands for."""
     nll = scores.model.nll
     same_text = hashlib.sha256(np.append(scores.ids.shape[1], scores.ids).astype("<i8").tobytes()).hexdigest()[:16]
     perplexity = math.exp(nll.mean())
+    n_bytes = sum(map(byte_length, scores.targets().tolist())) if byte_length else 0
+    bits = float(nll.sum()) / math.log(2) / n_bytes if n_bytes else None
     if scores.reference is None or scores.kl is None:
-        return Evaluation(tokens=len(nll), ids_sha256=same_text, perplexity=perplexity)
+        return Evaluation(tokens=len(nll), ids_sha256=same_text, perplexity=perplexity, bits_per_byte=bits)
     difference, kl = nll - scores.reference.nll, scores.kl
     return Evaluation(
         tokens=len(nll),
         ids_sha256=same_text,
         perplexity=perplexity,
+        bits_per_byte=bits,
         reference_perplexity=math.exp(scores.reference.nll.mean()),
         ppl_increase=math.expm1(difference.mean()),
         ppl_increase_interval=ratio_interval(difference.reshape(len(scores.ids), -1)),

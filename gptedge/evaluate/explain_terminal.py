@@ -230,18 +230,18 @@ def _cell(share: float) -> Style:
 
 def _numbers(console: Console, tokens: Sequence[Token], weights: Floats) -> Table:
     """The whole map where it fits, else the four tokens that each token looks at most."""
-    fits = _LABEL + 3 + 3 * len(tokens) <= console.width
+    fits = _LABEL + 4 + 3 * len(tokens) <= console.width
     return _grid(tokens, weights) if fits else _most(tokens, weights)
 
 
 def _grid(tokens: Sequence[Token], weights: Floats) -> Table:
     table = Table.grid(padding=0)
     table.add_column(width=_LABEL, no_wrap=True, overflow="ellipsis")
-    table.add_column(width=3, justify="right")
+    table.add_column(width=4)
     table.add_row("", "", *(Text(f"{t.place % 100:>3}", style="dim") for t in tokens))
     for t, row in zip(tokens, weights, strict=True):
         seen = [_percent(float(w)) for w in row[: t.place + 1]]
-        table.add_row(Text(quoted(t.text)), Text(f"{t.place % 100}", style="dim"), *seen)
+        table.add_row(Text(quoted(t.text)), Text(f"{t.place % 100:>3} ", style="dim"), *seen)
     return table
 
 

@@ -33,8 +33,8 @@ _ROUGE = ("rouge1", "rouge2", "rougeL")
 
 @dataclass(frozen=True)
 class Pair:
-    line: int
-    """In the file, from 1."""
+    where: str
+    """File and line."""
     prompt: str
     reference: str
     system: str | None = None
@@ -57,26 +57,26 @@ class TextScores:
 
 def read_pairs(path: Path) -> list[Pair]:
     """Raises DataError naming the first line that is not a pair, or when there is none."""
-    lines = read_text(path).splitlines()
-    pairs = [_pair(path, i, line) for i, line in enumerate(lines, 1) if line.strip()]
+    lines = read_text(path).split("\n")  # other ends of lines, such as U+2028, may stand inside JSON's texts
+    pairs = [_pair(f"{path}, line {i}", line) for i, line in enumerate(lines, 1) if line.strip()]
     if not pairs:
         raise DataError(f'{path} has no pairs; give lines of {{"prompt": …, "reference": …}}')
     return pairs
 
 
-def _pair(path: Path, number: int, line: str) -> Pair:
+def _pair(where: str, line: str) -> Pair:
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as e:
-        raise DataError(f"{path}, line {number}, is not JSON: {e}") from None
+        raise DataError(f"{where}, is not JSON: {e}") from None
     if not isinstance(value, dict):
-        raise DataError(f"{path}, line {number}, is {type(value).__name__}, not an object with prompt and reference")
+        raise DataError(f"{where}, is {type(value).__name__}, not an object with prompt and reference")
     for key, is_needed in _KEYS.items():
         if not isinstance(value.get(key), str) and (is_needed or value.get(key) is not None):
-            raise DataError(f"{path}, line {number}: {key} is {json.dumps(value.get(key))[:40]}; it must be text")
+            raise DataError(f"{where}: {key} is {json.dumps(value.get(key))[:40]}; it must be text")
     if not value["reference"].strip():
-        raise DataError(f"{path}, line {number}: the reference is empty, so nothing can be compared with it")
-    return Pair(number, value["prompt"], value["reference"], value.get("system"))
+        raise DataError(f"{where}: the reference is empty, so nothing can be compared with it")
+    return Pair(where, value["prompt"], value["reference"], value.get("system"))
 
 
 def has_chat_template(model: Model) -> bool:
@@ -92,7 +92,8 @@ def replies(
     report: Report = silent,
 ) -> list[str]:
     """Greedy replies, without white space around them. `chat` asks through the chat template; else prompts are
-    continued. Raises ContextOverflowError naming the first prompt that does not fit, before any is run."""
+    continued. Raises ContextOverflowError or DataError naming the first prompt that does not fit, or is no text, before
+    any is run."""
     prompts = [_prompt(model, pair, chat=chat) for pair in pairs]
     params = SamplingParams(max_tokens=max_tokens)
     made = []
@@ -115,8 +116,13 @@ def _prompt(model: Model, pair: Pair, *, chat: bool) -> list[int]:
         if pair.system is not None:
             messages.insert(0, {"role": "system", "content": pair.system})
         return model.checked_prompt(model.chat_prompt.ids(messages))
-    except ContextOverflowError as e:
-        raise ContextOverflowError(f"line {pair.line}: {e}") from None
+    except ContextOverflowError:
+        size = model.session.context_length
+        raise ContextOverflowError(
+            f"{pair.where}: the prompt leaves no room in the model's context of {size} tokens; shorten it"
+        ) from None
+    except DataError as e:
+        raise DataError(f"{pair.where}: {e}") from None
 
 
 def compare(predictions: Sequence[str], references: Sequence[str]) -> TextScores:

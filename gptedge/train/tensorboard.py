@@ -13,7 +13,6 @@ from tensorboardX import SummaryWriter
 
 from gptedge.train.trainer import StepReport
 
-FOLDER = "tensorboard"
 _FLUSH_S = 10
 _TAGS = {
     "loss/train": "loss",

@@ -54,6 +54,7 @@ def test_quantize_eval_and_gates(
     assert {
         "tokens",
         "perplexity",
+        "bits_per_byte",
         "reference_perplexity",
         "ppl_increase",
         "kl_divergence",

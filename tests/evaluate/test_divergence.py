@@ -71,6 +71,13 @@ def test_without_a_reference(session: Session) -> None:
     assert got.ids_sha256 != evaluate(session, IDS[:200], context=50).ids_sha256
 
 
+def test_bits_per_byte(session: Session) -> None:
+    got = evaluate(session, IDS, context=100, max_windows=2, byte_length=lambda i: i % 5)
+    scored = sum(i % 5 for i in IDS[51:100] + IDS[151:200])
+    assert got.bits_per_byte == pytest.approx(got.tokens * np.log2(got.perplexity) / scored)
+    assert evaluate(session, IDS, context=100, max_windows=2, byte_length=lambda _: 0).bits_per_byte is None
+
+
 def test_scores_say_which_tokens_they_are_of(session: Session) -> None:
     got = score(session, IDS, context=101, max_windows=3)
     assert got.places().tolist() == [w * 101 + i for w in range(3) for i in range(51, 101)]

@@ -276,6 +276,7 @@ def test_the_numbers_of_a_head_are_its_weights(found: Explanation) -> None:
     assert found.attention is not None
     lines = drawn(found, width=300, layer=1, head=2).splitlines()[-len(found.tokens) :]
     for line, token in zip(lines, found.tokens, strict=True):
-        cells = line.split()[-(token.place + 1) :]
+        place, *cells = line.split()[-(token.place + 2) :]
+        assert place == str(token.place)
         for cell, weight in zip(cells, found.attention[1, 2, token.place], strict=False):
             assert cell == "·" if weight < 0.005 else abs(int(cell) - 100 * weight) <= 0.5001

@@ -46,7 +46,7 @@ def test_perfect_and_empty_replies() -> None:
 
 
 def test_prompts_go_through_the_template_or_are_continued(model: Model) -> None:
-    pairs = [Pair(1, "The quick", "x"), Pair(2, "The quick", "x", system="Be brief.")]
+    pairs = [Pair("p, line 1", "The quick", "x"), Pair("p, line 2", "The quick", "x", system="Be brief.")]
     asked = replies(model, pairs, chat=True, max_tokens=6)
     chat = model.chat(max_tokens=6), model.chat(system="Be brief.", max_tokens=6)
     assert asked == [c.send("The quick").text.strip() for c in chat]
@@ -105,7 +105,18 @@ def test_a_prompt_too_long_is_named(tiny_bundle: Path, tmp_path: Path, capsys: p
         '{"prompt": "a", "reference": "b"}\n' + json.dumps({"prompt": "word " * 2000, "reference": "b"})
     )
     assert main(["eval", str(tiny_bundle), "--pairs", str(tmp_path / "p.jsonl")]) == 1
-    assert "line 2: the prompt has" in capsys.readouterr().err
+    assert f"{tmp_path / 'p.jsonl'}, line 2: the prompt leaves no room" in capsys.readouterr().err
+
+
+def test_lines_end_where_json_lines_end(tmp_path: Path, model: Model) -> None:
+    """Other ends of lines are text; half a character is none."""
+    (tmp_path / "p.jsonl").write_text(
+        '{"prompt": "a\u2028b", "reference": "c"}\n{"prompt": "\\udc00", "reference": "d"}'
+    )
+    pairs = read_pairs(tmp_path / "p.jsonl")
+    assert [p.prompt for p in pairs] == ["a\u2028b", "\udc00"]
+    with pytest.raises(DataError, match=r"p.jsonl, line 2: text has a lone surrogate"):
+        replies(model, pairs, chat=False, max_tokens=1)
 
 
 def test_without_the_packages(
