@@ -18,10 +18,9 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto
 
-from gptedge.errors import UsageError
 from gptedge.evaluate.divergence import log_softmax
 from gptedge.progress import Report
-from gptedge.quantize.passes import Target
+from gptedge.quantize.passes import Target, plain_name
 from gptedge.quantize.recipes import Group, Recipe, Scheme
 from gptedge.quantize.rounding import dequantize, quantize_matrix
 from gptedge.quantize.walk import Read, Walk
@@ -60,13 +59,11 @@ class Choice:
 def allocate(choices: Mapping[str, Sequence[Choice]], budget: int) -> dict[str, Choice]:
     """The cheapest choice of each weight, and then the upgrades that save most divergence a byte until bytes run out.
 
-    Raises UsageError when not even the smallest choices fit.
+    `budget` holds at least the smallest choices.
     """
     hulls = {name: _hull(row) for name, row in choices.items()}
     level = dict.fromkeys(hulls, 0)
     left = budget - sum(h[0].size for h in hulls.values())
-    if left < 0:
-        raise UsageError(f"the target is {-left / 1e6:.2f} MB below the smallest size that can be reached")
     steps = sorted(
         ((a.cost - b.cost) / (b.size - a.size), name, i)
         for name, hull in hulls.items()
@@ -95,6 +92,11 @@ def _gain(a: Choice, b: Choice) -> float:
     return (a.cost - b.cost) / (b.size - a.size)
 
 
+def smallest(targets: Iterable[Target]) -> int:
+    """The fewest bytes that all of `targets` can take."""
+    return sum(min(_size(t, s) for s in _candidates(t)) for t in targets)
+
+
 def plan(
     model: onnx.ModelProto,
     read: Read,
@@ -106,9 +108,8 @@ def plan(
     pool: Executor,
     report: Report,
 ) -> Recipe:
-    """A group for each of `targets`, so that all of them together take at most `budget` bytes."""
-    # A size that cannot be reached is refused before minutes go into measuring.
-    allocate({t.weight: [Choice(s, _size(t, s), 0.0) for s in _candidates(t)] for t in targets}, budget)
+    """A group for each of `targets`, so that all of them together take at most `budget` bytes, which
+    are `smallest` or more."""
     windows = windows[:WINDOWS, :WINDOW]
     probe = _Probe(model, read, targets, windows, threads, pool)
     units = _units(targets)
@@ -127,7 +128,7 @@ def _group(target: Target, scheme: Scheme) -> Group:
 
 
 def _name(target: Target) -> str:
-    return target.weight.removesuffix(".half")
+    return plain_name(target.weight)
 
 
 def _place(target: Target) -> tuple[str, str]:

@@ -44,6 +44,27 @@ class Target:
 
 def find_targets(model: onnx.ModelProto, recipe: Recipe) -> list[Target]:
     """Matrices that products and token lookups use and the recipe covers, in the order in which the graph uses them."""
+    found = []
+    for (name, rows, width), uses in _matrices(model):
+        if group := recipe.group_of(plain_name(name)):
+            found.append(Target(name, rows, width, group, *uses))
+            _check(found[-1])
+    order = {node.name: i for i, node in enumerate(model.graph.node)}
+    return sorted(found, key=lambda t: min(order[node] for node in (*t.products, *t.lookups)))
+
+
+def find_matrices(model: onnx.ModelProto) -> list[str]:
+    """Names, as recipes match them, of all matrices that could be targets."""
+    return [plain_name(name) for (name, *_), _ in _matrices(model)]
+
+
+def plain_name(weight: str) -> str:
+    """A weight's name, whether it is stored in float16 or not."""
+    return weight.removesuffix(".half")
+
+
+def _matrices(model: onnx.ModelProto) -> Iterator[tuple[tuple[str, int, int], tuple[tuple[str, ...], tuple[str, ...]]]]:
+    """Name and shape of each matrix, and the nodes of its products and of its lookups."""
     shapes = {t.name: tuple(t.dims) for t in model.graph.initializer if len(t.dims) == 2}
     sources = {
         node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "Cast" and node.input[0] in shapes
@@ -55,15 +76,9 @@ def find_targets(model: onnx.ModelProto, recipe: Recipe) -> list[Target]:
         name = sources.get(operand, operand)
         if name in shapes:
             (lookups if node.op_type == "Gather" else products).setdefault(name, []).append(node.name)
-    found = []
     for name, (rows, width) in shapes.items():
-        group = recipe.group_of(name.removesuffix(".half"))  # as weights stored in float16 are called
-        if group and (name in products or "embed" in lookups.get(name, ())):
-            uses = tuple(products.get(name, ())), tuple(lookups.get(name, ()))
-            found.append(Target(name, rows, width, group, *uses))
-            _check(found[-1])
-    order = {node.name: i for i, node in enumerate(model.graph.node)}
-    return sorted(found, key=lambda t: min(order[node] for node in (*t.products, *t.lookups)))
+        if name in products or "embed" in lookups.get(name, ()):
+            yield (name, rows, width), (tuple(products.get(name, ())), tuple(lookups.get(name, ())))
 
 
 def _check(target: Target) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import math
+import re
 import shutil
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +34,7 @@ from gptedge.bundle import (
     verify,
     write_manifest,
 )
-from gptedge.errors import BundleError, MissingExtraError, UsageError
+from gptedge.errors import BundleError, DataError, MissingExtraError, UsageError
 from gptedge.files import check_destination, new_file, new_folder, sha256
 from gptedge.measure import peak_rss_mb
 from gptedge.onnx_file import PAGE, WeightFile, load_graph, offset_of, read_initializer, save_graph
@@ -42,15 +45,14 @@ from gptedge.quantize.calibrated import Calibrator
 from gptedge.quantize.calibration import Windows, own_windows, text_windows
 from gptedge.quantize.equalize import equalize
 from gptedge.quantize.kv_cache import CACHES, quantize_cache
-from gptedge.quantize.passes import Target, find_targets, rewrite
+from gptedge.quantize.passes import Target, find_matrices, find_targets, rewrite
 from gptedge.quantize.prefill import PREFILLS, write_prefill
-from gptedge.quantize.recipes import Recipe, find_recipe
+from gptedge.quantize.recipes import FLOAT_RECIPES, Recipe, find_recipe
 from gptedge.quantize.rounding import Blocks, quantize_matrix
 from gptedge.quantize.walk import Read, Walk
 from gptedge.quantize.work import START, remove_work, work_folder
 from gptedge.runtime.threads import default_threads
 
-FLOAT_RECIPES = ("fp32", "fp16")
 _KEPT = (LORA,)
 """What a manifest says of the float graph, and is true of the quantized one."""
 Facts = dict[str, Any]
@@ -101,6 +103,8 @@ def quantize(
     name, rows = find_recipe(recipe)
     if rows.fills_target != (target_mb is not None):
         raise UsageError(f"recipe {name} {'needs' if rows.fills_target else 'takes no'} target size (--target-mb)")
+    if target_mb is not None and not 0 < target_mb < math.inf:
+        raise UsageError(f"target_mb is {target_mb:g}; give a size in MB, above 0")
     for option, value, known in (("prefill", prefill, PREFILLS), ("kv", kv, CACHES)):
         if value is not None and value not in known:
             raise UsageError(f"{option} is {value!r}; it must be one of {', '.join(known)}")
@@ -109,8 +113,10 @@ def quantize(
     check_destination(out, force=force)
     verify(bundle)
     assert bundle.manifest is not None
-    find_targets(load_graph(bundle.path / GRAPH), rows)  # refuses what the recipe cannot mean before time is spent
+    if calibration is not None and not Path(calibration).is_file():
+        raise DataError(f"{calibration} is no file; give calibration text, or leave it out")
     job = _Job(bundle, rows, target_mb, prefill, kv, threads or default_threads(), seed, report)
+    job.check(is_users=recipe != name)
     write = job.distilled(Path(out), calibration) if rows.distill_steps else job.rounded(calibration)
     with new_folder(Path(out), force=force) as folder:
         for file in bundle.manifest["files"]:
@@ -121,8 +127,7 @@ def quantize(
         facts = kept | {name: value for name, value in options.items() if value} | write(folder)
         write_manifest(folder, family=bundle.manifest["family"], recipe=name, packages=("onnx",), **facts)
     made = open_bundle(Path(out))
-    if rows.distill_steps:
-        remove_work(Path(out))
+    remove_work(Path(out))
     return QuantizeResult(
         bundle=Path(out),
         recipe=name,
@@ -150,6 +155,14 @@ def _check_source(bundle: Bundle) -> None:
         )
 
 
+def _check_groups(recipe: Recipe, names: list[str]) -> None:
+    """A group that matches no weight is a slip of the pen. A head that is the table has no name of its own."""
+    for group in recipe.groups:
+        if group.match != "head.weight" and not any(fnmatchcase(name, group.match) for name in names):
+            kinds = dict.fromkeys(re.sub(r"\d+", "*", name) for name in names)
+            raise UsageError(f"no weight has a name like {group.match}; the bundle has {', '.join(kinds)}")
+
+
 def _needs_torch(missing: ModuleNotFoundError) -> MissingExtraError:
     return MissingExtraError(f"{missing.name} is not installed, which this needs; install gptedge[train]")
 
@@ -164,6 +177,19 @@ class _Job:
     threads: int
     seed: int
     report: Report
+
+    def check(self, *, is_users: bool) -> None:
+        """Refuse what the recipe cannot mean, before time is spent; a user's must mean something by every group."""
+        model = load_graph(self.bundle.path / GRAPH)
+        targets = find_targets(model, self.recipe)
+        if is_users:
+            _check_groups(self.recipe, find_matrices(model))
+        if self.target_mb is not None:
+            least = (mixed.smallest(targets) + self._other_bytes(model, targets)) / 1e6
+            if least > self.target_mb:
+                raise UsageError(
+                    f"a target size of {self.target_mb:g} MB cannot be reached; the smallest is {least + 0.005:.2f} MB"
+                )
 
     def rounded(self, calibration: Path | None) -> Callable[[Path], Facts]:
         """Draw the text; what then writes the graphs into a bundle's folder."""
@@ -190,16 +216,16 @@ class _Job:
         weights = [entry["sha256"] for entry in self.bundle.manifest["files"].values()]
         text = sha256(calibration) if calibration else None
         work = work_folder(out, weights, self.recipe, text, self.seed, self.prefill)
-        work.mkdir(parents=True, exist_ok=True)
         start, windows = work / START, work / "windows.npy"
-        if not start.is_dir():
-            with new_folder(start) as folder:
-                self.write_graph(folder, self._rounding_windows(calibration))
         if not windows.is_file():
             drawn = self._windows(calibration, self.recipe.distill_steps + distill.HELD_OUT, calibration_text.WINDOW)
+            work.mkdir(parents=True, exist_ok=True)
             with new_file(windows) as path, path.open("wb") as file:
                 np.save(file, drawn)
         text_ids = np.load(windows)
+        if not start.is_dir():
+            with new_folder(start) as folder:
+                self.write_graph(folder, self._rounding_windows(calibration) if calibration else text_ids)
         changed = distill.distill(
             self.bundle,
             work,
@@ -271,12 +297,19 @@ class _Job:
     ) -> Recipe:
         """The recipe that fills `target_mb`."""
         assert self.target_mb is not None
-        quantized = {t.weight for t in targets}
-        kept = sum(read(t).nbytes for t in model.graph.initializer if t.name not in quantized)
-        # The graph grows by some nodes, and each weight's bytes begin on a page.
-        other = kept + 2 * (self.bundle.path / GRAPH).stat().st_size + PAGE * len(targets)
-        budget = int(self.target_mb * 1e6) - other
+        budget = int(self.target_mb * 1e6) - self._other_bytes(model, targets)
         return mixed.plan(model, read, targets, windows, budget, threads=self.threads, pool=pool, report=self.report)
+
+    def _other_bytes(self, model: onnx.ModelProto, targets: list[Target]) -> int:
+        """What a bundle takes, at most, besides the weights of `targets`."""
+        quantized = {t.weight for t in targets}
+        kept = sum(
+            math.prod(t.dims) * onnx.helper.tensor_dtype_to_np_dtype(t.data_type).itemsize
+            for t in model.graph.initializer
+            if t.name not in quantized
+        )
+        # The graph grows by some nodes, and each weight's bytes begin on a page.
+        return kept + 2 * (self.bundle.path / GRAPH).stat().st_size + PAGE * len(targets)
 
     def _rewrite(
         self,

@@ -14,6 +14,10 @@ from typing import Any
 from gptedge.errors import UsageError
 from gptedge.text import read_text
 
+BLOCK_SIZES = (16, 32, 64, 128, 256)
+"""Those that onnxruntime's MatMulNBits has kernels for."""
+FLOAT_RECIPES = ("fp32", "fp16")
+"""What bundles are called that are not quantized."""
 METHODS = ("rtn", "gptq")
 """How integers are chosen: rtn rounds each to the nearest and needs no data, gptq is calibrated (see gptq.py)."""
 
@@ -25,7 +29,7 @@ class Scheme:
     bits: int
     """4 or 8."""
     block_size: int
-    """Values along a row that share a scale: a power of two, at least 16."""
+    """Values along a row that share a scale: one of BLOCK_SIZES."""
     symmetric: bool
     """The zero point is the middle of the range, and is not stored."""
     steps: int
@@ -34,8 +38,8 @@ class Scheme:
     def __post_init__(self) -> None:
         if self.bits not in (4, 8):
             raise UsageError(f"bits is {self.bits}; it must be 4 or 8")
-        if self.block_size < 16 or self.block_size & (self.block_size - 1):
-            raise UsageError(f"block_size is {self.block_size}; it must be a power of two, at least 16")
+        if self.block_size not in BLOCK_SIZES:
+            raise UsageError(f"block_size is {self.block_size}; it must be one of {', '.join(map(str, BLOCK_SIZES))}")
         if self.steps < 1:
             raise UsageError(f"steps is {self.steps}; it must be at least 1")
 
@@ -80,6 +84,12 @@ class Recipe:
     """Whether a token counts in GPTQ by how much the model's answer hangs on it (see token_weights.py); needs torch."""
     distill_steps: int = 0
     """How long 4-bit weights are trained afterwards on what the float model answers (see distill.py)."""
+
+    def __post_init__(self) -> None:
+        if self.distill_steps and all(g.scheme.bits != 4 or g.scheme.symmetric for g in self.groups):
+            raise UsageError("distill_steps trains 4-bit weights that are not symmetric, and no group is such")
+        if self.distill_steps and any(g.widen for g in self.groups):
+            raise UsageError("distill_steps takes no weights that are widened at load")
 
     def group_of(self, name: str) -> Group | None:
         return next((g for g in self.groups if fnmatchcase(name, g.match)), None)
@@ -142,7 +152,10 @@ _OPTIONS: Mapping[str, tuple[type, int | None]] = {
 def find_recipe(name: str) -> tuple[str, Recipe]:
     """A recipe and its name: a row of RECIPES, or a TOML file. Raises UsageError, offering the nearest name."""
     if name.endswith(".toml"):
-        return Path(name).stem, read_recipe(Path(name))
+        stem = Path(name).stem
+        if stem in (*FLOAT_RECIPES, *RECIPES):
+            raise UsageError(f"{name}: {stem} is the name of a recipe that gptedge has; give the file another name")
+        return stem, read_recipe(Path(name))
     if name in RECIPES:
         return name, RECIPES[name]
     near = difflib.get_close_matches(name, RECIPES, 1, 0.4)
@@ -170,7 +183,9 @@ def read_recipe(path: Path) -> Recipe:
     return Recipe(**{"summary": path.stem, **content}, groups=tuple(_group(path, g) for g in groups))
 
 
-def _group(path: Path, row: Mapping[str, Any]) -> Group:
+def _group(path: Path, row: Any) -> Group:
+    if not isinstance(row, dict):
+        raise UsageError(f"{path}: group is {row!r}; each begins with a line [[group]]")
     fields = [f for c in (Group, Scheme) for f in dataclasses.fields(c) if f.name != "scheme"]
     names = {f.name: f.type for f in fields}
     kinds: Mapping[str, type] = {"int": int, "bool": bool, "str": str}

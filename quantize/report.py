@@ -14,11 +14,11 @@ import numpy as np
 from gptedge.bundle import GRAPH, open_bundle
 from gptedge.errors import BundleError, UsageError
 from gptedge.evaluate.bench import decode_speed
-from gptedge.evaluate.divergence import Evaluation, Scores, score, summarize
+from gptedge.evaluate.divergence import Evaluation, Scores, check_same_tokens, score, summarize
 from gptedge.loading import load
 from gptedge.model import Model
 from gptedge.progress import Report, silent
-from gptedge.quantize.quantizer import FLOAT_RECIPES
+from gptedge.quantize.recipes import FLOAT_RECIPES
 from gptedge.quantize.report_runs import METRICS, RunReport, read_run
 from gptedge.quantize.report_weights import WeightError, weight_errors
 from gptedge.tokenizer import Tokenizer
@@ -179,7 +179,7 @@ def collect(
                 made.append(_reference_report(original, name, plain))
                 continue
             with load(path, threads=threads) as model:
-                _check_same_tokens(model, original, text[:20_000])
+                check_same_tokens(model, original, text)
                 scores = score(model.session, ids, reference=original.session, report=windows, **size)
                 made.append(_bundle_report(model, original, name, scores))
         return ReportData(
@@ -192,15 +192,6 @@ def collect(
             bundles=made,
             runs=runs,
         )
-
-
-def _check_same_tokens(model: Model, original: Model, text: str) -> None:
-    pair = f"{model.bundle.path} and the reference {original.bundle.path}"
-    if model.session.vocab_size != original.session.vocab_size:
-        sizes = f"{model.session.vocab_size} and {original.session.vocab_size} tokens"
-        raise UsageError(f"{pair} have vocabularies of {sizes}; report them apart")
-    if model.tokenizer.encode(text) != original.tokenizer.encode(text):
-        raise UsageError(f"{pair} split the text into different tokens; report them apart")
 
 
 def _reference_report(model: Model, name: str, result: Evaluation) -> BundleReport:

@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gptedge.cli.common import BundleArgument, Force, Json, MaxTokens, Threads, emit, needs, progress
-from gptedge.cli.gates import Baseline, MaxKld, MaxPplIncrease, MaxSizeMb, MinTop1, judge, requested
+from gptedge.cli.gates import (
+    Baseline,
+    Gates,
+    MaxKld,
+    MaxPplIncrease,
+    MaxSizeMb,
+    MinTop1,
+    check_same_text,
+    judge,
+    requested,
+)
 from gptedge.config import SamplingParams
 from gptedge.errors import OutputExistsError, UsageError
 
@@ -18,14 +28,16 @@ if TYPE_CHECKING:
     from gptedge.model import Model
 
 
+Context = Annotated[int | None, typer.Option(help="Tokens of a window (default 512, or the model's context).")]
+MaxWindows = Annotated[int | None, typer.Option(help="Score only the first windows.")]
+
+
 def command(
     bundle: BundleArgument,
     text: Annotated[Path | None, typer.Option(help="UTF-8 text to score.")] = None,
     reference: Annotated[Path | None, typer.Option(help="The bundle to compare with, as a rule the fp32 one.")] = None,
-    context: Annotated[
-        int | None, typer.Option(help="Tokens of a window (default 512, or the model's context).")
-    ] = None,
-    max_windows: Annotated[int | None, typer.Option(help="Score only the first windows.")] = None,
+    context: Context = None,
+    max_windows: MaxWindows = None,
     pairs: Annotated[
         Path | None,
         typer.Option(
@@ -58,7 +70,7 @@ def command(
     if reference is not None and text is None:
         raise UsageError("--reference is compared on a text; add --text FILE")
     if out is not None:
-        _check_out(out, has_pairs=pairs is not None, force=force)
+        _check_out(out, pairs, force=force)
     questions = _questions(pairs) if pairs else []
     facts: dict[str, Any] = {}
     if text is not None:
@@ -68,6 +80,19 @@ def command(
     verdicts = judge(gates, facts, subject=str(bundle), as_json=as_json)
     emit({**facts, "gates": verdicts.as_json()}, as_json=as_json, lines=_lines(facts))
     verdicts.raise_if_failed()
+
+
+def check_text(bundle: Path, text: Path, gates: Gates, *, context: int | None, max_windows: int | None) -> None:
+    """Refuse a text that fills no window, or is not the baseline's, before a bundle is made to be measured on it."""
+    from gptedge.bundle import open_bundle
+    from gptedge.evaluate.divergence import DEFAULT_CONTEXT, cut, hash_of
+    from gptedge.text import read_text
+    from gptedge.tokenizer import Tokenizer
+
+    longest = int(open_bundle(bundle).genai_config["model"]["context_length"])
+    context = min(DEFAULT_CONTEXT if context is None else context, longest)
+    windows = cut(Tokenizer.from_folder(bundle).encode(read_text(text)), context, max_windows)
+    check_same_text(gates, {"ids_sha256": hash_of(windows), "tokens": len(windows) * (context - 1 - context // 2)})
 
 
 def measure(
@@ -80,7 +105,7 @@ def measure(
     max_windows: int | None = None,
 ) -> dict[str, Any]:
     """The evaluation as JSON-ready data, with the bundle's size."""
-    from gptedge.evaluate.divergence import DEFAULT_CONTEXT, evaluate
+    from gptedge.evaluate.divergence import DEFAULT_CONTEXT, check_same_tokens, evaluate
     from gptedge.loading import load
     from gptedge.text import read_text
 
@@ -88,12 +113,14 @@ def measure(
     with load(bundle, threads=threads) as model:
         ids = model.tokenizer.encode(content)
         other = load(reference, threads=threads) if reference else None
+        if other:
+            check_same_tokens(model, other, content)
         with progress("eval") as report:
             result = evaluate(
                 model.session,
                 ids,
                 reference=other.session if other else None,
-                context=context or DEFAULT_CONTEXT,
+                context=DEFAULT_CONTEXT if context is None else context,
                 max_windows=max_windows,
                 byte_length=lambda i: len(model.tokenizer.token_bytes(i)),
                 report=report,
@@ -127,9 +154,11 @@ def _measure_pairs(
     return {**compare(made, [p.reference for p in pairs]).as_json(), "chat": chat, "size_mb": size}
 
 
-def _check_out(out: Path, *, has_pairs: bool, force: bool) -> None:
-    if not has_pairs:
+def _check_out(out: Path, pairs: Path | None, *, force: bool) -> None:
+    if pairs is None:
         raise UsageError("--out takes the replies to --pairs; give both")
+    if out.resolve() == pairs.resolve():
+        raise UsageError(f"--out {out} is the file of --pairs; choose another")
     if out.is_dir():
         raise UsageError(f"{out} is a folder, and the output is a file; choose another --out")
     if out.exists() and not force:
@@ -153,10 +182,10 @@ def _size_mb(model: Model) -> float:
 
 
 def _lines(facts: dict[str, Any]) -> list[str]:
-    return [*_divergence_lines(facts), *_text_lines(facts)]
+    return [*divergence_lines(facts), *_text_lines(facts)]
 
 
-def _divergence_lines(facts: dict[str, Any]) -> list[str]:
+def divergence_lines(facts: dict[str, Any]) -> list[str]:
     if "perplexity" not in facts:
         return []
     bits = f"; {facts['bits_per_byte']:.3f} bits per byte" if "bits_per_byte" in facts else ""

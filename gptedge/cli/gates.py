@@ -25,7 +25,9 @@ MinTop1 = Annotated[
     str | None, typer.Option(metavar="P%", help="Fail if the likeliest tokens agree less often, as 95% or 0.95.")
 ]
 Baseline = Annotated[Path | None, typer.Option(help="JSON that eval printed earlier: fail if anything is worse.")]
-MaxSizeMb = Annotated[float | None, typer.Option(help="Fail if graph and weights are larger, in MB.")]
+MaxSizeMb = Annotated[
+    float | None, typer.Option(help="Fail if graph and weights are larger, in MB; a graph for prompts is apart.")
+]
 
 
 BASELINE_SLACK = 0.02
@@ -130,7 +132,7 @@ def requested(
         ("max-size-mb", "size_mb", max_size_mb),
     )
     gates = [Gate(name, key, bound) for name, key, bound in rows if bound is not None]
-    bad = next((g for g in gates if math.isnan(g.bound)), None)
+    bad = next((g for g in gates if not math.isfinite(g.bound)), None)
     if bad:
         raise UsageError(f"--{bad.name} is {bad.bound}; give a number")
     if baseline is None:
@@ -177,7 +179,7 @@ def judge(gates: Gates, facts: Mapping[str, Any], *, subject: str, as_json: bool
     `subject` names what is judged; `as_json` keeps stdout for the one object.
     Raises UsageError when the baseline is of another text.
     """
-    _check_same_text(gates, facts)
+    check_same_text(gates, facts)
     verdicts = Verdicts(tuple(Verdict(g, float(_look_up(facts, g.key))) for g in gates.gates))
     for verdict in verdicts.all:
         name, value, bound, word = verdict.cells()
@@ -189,7 +191,8 @@ def judge(gates: Gates, facts: Mapping[str, Any], *, subject: str, as_json: bool
     return verdicts
 
 
-def _check_same_text(gates: Gates, facts: Mapping[str, Any]) -> None:
+def check_same_text(gates: Gates, facts: Mapping[str, Any]) -> None:
+    """Raises UsageError when the baseline is of another text; `facts` has SAME_TEXT."""
     for key in SAME_TEXT:
         then, now = (gates.same_text or {}).get(key), facts.get(key)
         if then is not None and then != now:
@@ -200,10 +203,13 @@ def _check_same_text(gates: Gates, facts: Mapping[str, Any]) -> None:
 
 
 def _fraction(option: str, text: str | None) -> float | None:
-    """2% and 0.02 are the same."""
+    """2% and 0.02 are the same; 2 may be meant as either, and is refused."""
     if text is None:
         return None
     try:
-        return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+        value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
     except ValueError:
-        raise UsageError(f"{option} is {text!r}; give a percentage such as 2%, or a fraction such as 0.02") from None
+        value = math.nan
+    if math.isnan(value) or (abs(value) > 1 and not text.endswith("%")):
+        raise UsageError(f"{option} is {text!r}; give a percentage such as 2%, or a fraction such as 0.02")
+    return value

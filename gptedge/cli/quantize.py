@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from gptedge.cli.common import BundleArgument, Force, Json, Threads, emit, needs, progress
+from gptedge.cli.evaluate import Context, MaxWindows, check_text, divergence_lines, measure
 from gptedge.cli.gates import Baseline, MaxKld, MaxPplIncrease, MaxSizeMb, MinTop1, judge, requested
 from gptedge.errors import UsageError
 
@@ -29,13 +30,17 @@ def command(
     kv: Annotated[
         str | None, typer.Option(help="int8: keep keys and values in 8 bits, a quarter of the KV cache's memory.")
     ] = None,
-    text: Annotated[Path | None, typer.Option(help="Text that the quality gates are measured on.")] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="Text to measure quality on, as eval does against the source.")
+    ] = None,
+    context: Context = None,
+    max_windows: MaxWindows = None,
     max_ppl_increase: MaxPplIncrease = None,
     max_kld: MaxKld = None,
     min_top1: MinTop1 = None,
     max_size_mb: MaxSizeMb = None,
     baseline: Baseline = None,
-    seed: Annotated[int, typer.Option(help="Draws calibration text.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Draws calibration text.")] = 0,
     threads: Threads = None,
     force: Force = False,
     as_json: Json = False,
@@ -44,6 +49,8 @@ def command(
     gates = requested(max_ppl_increase, max_kld, min_top1, max_size_mb, baseline)
     if gates.needs_quality and text is None:
         raise UsageError("quality gates need --text FILE to be measured on")
+    if text is not None:
+        check_text(bundle, text, gates, context=context, max_windows=max_windows)
     with needs("quantize"):
         from gptedge.quantize.quantizer import quantize
     with progress("quantize") as report:
@@ -61,15 +68,12 @@ def command(
             report=report,
         )
     facts: dict[str, Any] = {"size_mb": result.size_mb}
-    if gates.needs_quality:
-        from gptedge.cli.evaluate import measure
-
-        assert text is not None
-        facts |= measure(out, text, reference=bundle, context=None, threads=threads)
+    if text is not None:
+        facts |= measure(out, text, reference=bundle, context=context, max_windows=max_windows, threads=threads)
     verdicts = judge(gates, facts, subject=str(out), as_json=as_json)
     value = {**facts, **asdict(result), "bundle": str(result.bundle), "gates": verdicts.as_json()}
     beside = f" and {result.prefill_mb:g} MB for prompts" if result.prefill_mb else ""
     cache = f", keys and values in {kv} ({result.kv_bytes_per_token} bytes a token)" if kv else ""
     lines = [f"{out}: {result.recipe}, {result.size_mb:g} MB{beside}{cache} in {result.seconds:g} s"]
-    emit(value, as_json=as_json, lines=lines)
+    emit(value, as_json=as_json, lines=[*lines, *divergence_lines(facts)])
     verdicts.raise_if_failed()

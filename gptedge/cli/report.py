@@ -44,7 +44,7 @@ def command(
             text=sample_text() if text is None else read_text(text),
             text_name=SAMPLE_NAME if text is None else text.name,
             reference=reference,
-            context=context or DEFAULT_CONTEXT,
+            context=DEFAULT_CONTEXT if context is None else context,
             max_windows=max_windows,
             threads=threads,
             report=report,

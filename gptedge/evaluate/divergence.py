@@ -13,7 +13,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,8 +22,13 @@ from gptedge.errors import BundleError, DataError, UsageError
 from gptedge.progress import Report, silent
 from gptedge.runtime.session import PREFILL_CHUNK, Session
 
+if TYPE_CHECKING:
+    from gptedge.model import Model
+
 DEFAULT_CONTEXT = 512
 """Tokens of a window."""
+COMPARED = 20_000
+"""Characters of a text by which two tokenizers are compared."""
 _ROWS = 64  # positions whose logits are held at once: two models' rows of a 150k vocabulary take 77 MB
 
 Floats = npt.NDArray[np.float64]
@@ -34,7 +39,7 @@ class Evaluation:
     tokens: int
     """Positions scored."""
     ids_sha256: str
-    """Of the windows' length and tokens, the first 16 hex digits: equal where two results are of the same text."""
+    """`hash_of` the windows: equal where two results are of the same text."""
     perplexity: float
     bits_per_byte: float | None = None
     """Bits of surprise for each byte of text scored: comparable where tokenizers differ. None without `byte_length`."""
@@ -82,6 +87,17 @@ class Scores:
         return self.ids.ravel()[self.places()]
 
 
+def check_same_tokens(model: Model, reference: Model, text: str) -> None:
+    """Raises UsageError where two models' tokens cannot be compared."""
+    pair = f"{model.bundle.path} and the reference {reference.bundle.path}"
+    if model.session.vocab_size != reference.session.vocab_size:
+        sizes = f"{model.session.vocab_size} and {reference.session.vocab_size} tokens"
+        raise UsageError(f"{pair} have vocabularies of {sizes}, and cannot be compared")
+    text = text[:COMPARED]
+    if model.tokenizer.encode(text) != reference.tokenizer.encode(text):
+        raise UsageError(f"{pair} split the text into different tokens, and cannot be compared")
+
+
 def evaluate(
     session: Session,
     ids: Sequence[int],
@@ -109,12 +125,25 @@ def score(
     """Score token ids. Raises DataError when they fill no window, UsageError when the two vocabularies differ,
     BundleError when a model's logits are not numbers."""
     context = min(context, session.context_length, reference.context_length if reference else context)
-    if context < 4:
-        raise UsageError(f"context is {context}; windows need at least 4 tokens")
     if reference and reference.vocab_size != session.vocab_size:
         raise UsageError(
             f"the reference has {reference.vocab_size} tokens in its vocabulary, the bundle {session.vocab_size}"
         )
+    windows = cut(ids, context, max_windows)
+    parts = []
+    for w, window in enumerate(windows):
+        parts += list(_score_window(session, reference, window, w * context))
+        report(w + 1, len(windows), "windows")
+    models, references, kl = zip(*parts, strict=True)
+    if reference is None:
+        return Scores(windows, _join(models), None, None)
+    return Scores(windows, _join(models), _join(references), np.concatenate(kl))
+
+
+def cut(ids: Sequence[int], context: int, max_windows: int | None) -> npt.NDArray[np.int64]:
+    """The first windows of a text, [windows, context]. Raises DataError where there is none."""
+    if context < 4:
+        raise UsageError(f"context is {context}; windows need at least 4 tokens")
     n = len(ids) // context if max_windows is None else min(max_windows, len(ids) // context)
     if n < 1:
         limit = "" if max_windows is None or max_windows > 0 else f", and --max-windows is {max_windows}"
@@ -122,15 +151,12 @@ def score(
             f"the text has {len(ids)} tokens, and one window takes {context}{limit}; "
             "give a longer text or a smaller --context"
         )
-    windows = np.asarray(ids[: n * context], np.int64).reshape(n, context)
-    parts = []
-    for w in range(n):
-        parts += list(_score_window(session, reference, windows[w], w * context))
-        report(w + 1, n, "windows")
-    models, references, kl = zip(*parts, strict=True)
-    if reference is None:
-        return Scores(windows, _join(models), None, None)
-    return Scores(windows, _join(models), _join(references), np.concatenate(kl))
+    return np.asarray(ids[: n * context], np.int64).reshape(n, context)
+
+
+def hash_of(windows: npt.NDArray[np.int64]) -> str:
+    """Of the length and the tokens of windows [n, context], 16 hex digits."""
+    return hashlib.sha256(np.append(windows.shape[1], windows).astype("<i8").tobytes()).hexdigest()[:16]
 
 
 def _join(parts: Sequence[Side]) -> Side:
@@ -210,7 +236,7 @@ def log_softmax(x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 def summarize(scores: Scores, byte_length: Callable[[int], int] | None = None) -> Evaluation:
     """`byte_length` gives the bytes of text that a token stands for."""
     nll = scores.model.nll
-    same_text = hashlib.sha256(np.append(scores.ids.shape[1], scores.ids).astype("<i8").tobytes()).hexdigest()[:16]
+    same_text = hash_of(scores.ids)
     perplexity = math.exp(nll.mean())
     n_bytes = sum(map(byte_length, scores.targets().tolist())) if byte_length else 0
     bits = float(nll.sum()) / math.log(2) / n_bytes if n_bytes else None

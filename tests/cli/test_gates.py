@@ -205,3 +205,21 @@ def test_quantize_and_eval_judge_alike(
     (tmp_path / "b.json").write_text(json.dumps({**json.loads(first), "tokens": 1}))
     assert main([*command, "--baseline", str(tmp_path / "b.json")]) == 2
     assert "measured on other tokens" in capsys.readouterr().err
+
+
+def test_quantize_checks_its_text_first(tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A baseline of another --context, or a text that cannot be read, costs no quantization."""
+    text, out = tmp_path / "text.txt", tmp_path / "q"
+    text.write_text(TEXT)
+    judge_at = ["--text", str(text), "--context", "64", "--max-windows", "2"]
+    assert main(["eval", str(tiny_bundle), *judge_at, "--reference", str(tiny_bundle), "--json"]) == 0
+    (tmp_path / "b.json").write_text(capsys.readouterr().out)
+    command = ["quantize", str(tiny_bundle), str(out), "--baseline", str(tmp_path / "b.json"), "--max-kl", "1e9"]
+    for wrong in (["--text", str(text)], [*judge_at[:4], "--max-windows", "3"]):
+        assert main([*command, *wrong]) == 2
+        assert "measured on other tokens" in capsys.readouterr().err
+    assert main([*command, "--text", str(tmp_path / "none.txt")]) == 1
+    assert not out.exists()
+    assert main([*command, *judge_at]) == 4  # a rounded bundle is worse than the float one
+    assert out.is_dir()
+    assert "bits per byte" in capsys.readouterr().out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +15,11 @@ import pytest
 from gptedge.bundle import open_bundle
 from gptedge.errors import BundleError, DataError, UsageError
 from gptedge.evaluate.bench import bench, memory_bandwidth
-from gptedge.evaluate.divergence import evaluate, ratio_interval, score
+from gptedge.evaluate.divergence import check_same_tokens, evaluate, ratio_interval, score
+from gptedge.loading import load
 from gptedge.runtime.kv_cache import KVCache
 from gptedge.runtime.session import Session
+from tests.conftest import TEXT
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +72,20 @@ def test_without_a_reference(session: Session) -> None:
     assert got.tokens == 2 * 49
     assert got.ids_sha256 == evaluate(session, IDS[:200], context=100).ids_sha256
     assert got.ids_sha256 != evaluate(session, IDS[:200], context=50).ids_sha256
+
+
+def test_tokens_must_be_the_same(tiny_bundle: Path, tmp_path: Path) -> None:
+    """Vocabularies of one size are not enough: numbers of other tokens say nothing of a loss."""
+    other = tmp_path / "other"
+    shutil.copytree(tiny_bundle, other)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:-1]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (other / "manifest.json").unlink()  # it holds the file's hash
+    with load(tiny_bundle, threads=1) as model, load(other, threads=1) as reference:
+        check_same_tokens(model, model, TEXT)
+        with pytest.raises(UsageError, match="split the text into different tokens"):
+            check_same_tokens(model, reference, TEXT)
 
 
 def test_bits_per_byte(session: Session) -> None:

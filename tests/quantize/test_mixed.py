@@ -49,11 +49,6 @@ def test_more_bytes_never_cost_more() -> None:
     assert costs[0] > costs[-1]
 
 
-def test_too_small_a_budget_says_by_how_much() -> None:
-    with pytest.raises(UsageError, match=r"0\.50 MB below the smallest"):
-        allocate({"a": [Choice(SMALL, 1_000_000, 1.0)]}, 500_000)
-
-
 def test_a_bundle_keeps_to_its_target(tiny_bundle: Path, tmp_path: Path) -> None:
     text = tmp_path / "text"
     text.write_text("The quick brown fox jumps over the lazy dog. 0123456789 " * 200)
@@ -66,5 +61,20 @@ def test_a_bundle_keeps_to_its_target(tiny_bundle: Path, tmp_path: Path) -> None
         nodes = [n for n in graph.node if n.op_type == "MatMulNBits"]
         kinds[target] = Counter(tuple(a.i for a in n.attribute if a.name in ("bits", "block_size")) for n in nodes)
     assert kinds[0.24] != kinds[0.30]
-    with pytest.raises(UsageError, match="below the smallest size"):
-        quantize(tiny_bundle, tmp_path / "tiny", recipe="mixed", target_mb=0.05, calibration=text)
+
+
+def test_a_target_that_cannot_be_reached(tiny_bundle: Path, tmp_path: Path) -> None:
+    """It says the smallest that can, before it writes any text; and that one is reached."""
+    begun: list[str] = []
+    with pytest.raises(UsageError, match=r"a target size of 0\.05 MB cannot be reached; the smallest is") as refused:
+        quantize(tiny_bundle, tmp_path / "a", recipe="mixed", target_mb=0.05, report=lambda *a: begun.append(a[2]))
+    assert not begun
+    smallest = float(str(refused.value).split()[-2])
+    text = tmp_path / "text"
+    text.write_text("The quick brown fox jumps over the lazy dog. 0123456789 " * 200)
+    assert (
+        quantize(tiny_bundle, tmp_path / "b", recipe="mixed", target_mb=smallest, calibration=text).size_mb <= smallest
+    )
+    for wrong in (float("nan"), float("inf"), 0.0, -1.0):
+        with pytest.raises(UsageError, match=r"target_mb is .*; give a size in MB, above 0"):
+            quantize(tiny_bundle, tmp_path / "c", recipe="mixed", target_mb=wrong)

@@ -60,11 +60,13 @@ def test_fields_and_defaults(tmp_path: Path) -> None:
         (GOOD + "bit = 4", "'bit' is not known; known are match, "),
         (GOOD.replace("bits = 4\n", ""), "lacks bits"),
         (GOOD.replace("4", "3", 1), "bits is 3; it must be 4 or 8"),
-        (GOOD.replace("16", "24"), "block_size is 24; it must be a power of two, at least 16"),
+        (GOOD.replace("16", "24"), "block_size is 24; it must be one of 16, 32, 64, 128, 256"),
         (GOOD.replace("16", "'16'"), "block_size is '16'; it must be of type int"),
         (GOOD + "method = 'awq'", "method is 'awq'; it must be one of rtn, gptq"),
         (GOOD + "first_token = -1", "first_token is -1; it must be at least 0"),
         (GOOD + "widen = true", "must be of 8 bits and symmetric"),
+        ("group = ['x']", r"group is 'x'; each begins with a line \[\[group\]\]"),
+        ("distill_steps = 9\n" + GOOD + "symmetric = true", "no group is such"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, text: str, message: str) -> None:
@@ -77,6 +79,22 @@ def test_tables_must_be_symmetric(tiny_bundle: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"embed\.weight is looked up by rows: its scheme must be symmetric"):
         quantize(tiny_bundle, tmp_path / "out", recipe=str(path))
     assert [f.name for f in tmp_path.iterdir()] == ["mine.toml"]
+
+
+def test_a_group_that_matches_nothing_is_refused(tiny_bundle: Path, tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD + GOOD[GOOD.index("[[") :].replace("down", "dwon"))
+    with pytest.raises(
+        UsageError, match=r"no weight has a name like \*\.dwon\.weight; the bundle has embed\.weight, blocks\.\*"
+    ):
+        quantize(tiny_bundle, tmp_path / "out", recipe=str(path))
+
+
+def test_a_file_cannot_take_the_name_of_what_there_is(tmp_path: Path) -> None:
+    """Or its bundle would pass for another: for a float one, that may be quantized."""
+    for name in ("fp32", "int8"):
+        (tmp_path / f"{name}.toml").write_text(GOOD)
+        with pytest.raises(UsageError, match=f"{name} is the name of a recipe that gptedge has"):
+            find_recipe(str(tmp_path / f"{name}.toml"))
 
 
 def test_the_nearest_name_is_offered() -> None:

@@ -280,7 +280,7 @@ def test_other_vocabularies_are_refused(bundles: Path, tiny_checkpoint: Path, tm
     files = {name: (tiny_checkpoint / name).read_bytes() for name in ("tokenizer.json", "tokenizer_config.json")}
     write_checkpoint(tmp_path, config, random_weights(config), files, token_ids={"eos_token_id": 0})
     other = export(tmp_path, tmp_path / "other", verify=False).bundle
-    with pytest.raises(UsageError, match=rf"vocabularies of {vocab} and {vocab - 1} tokens; report them apart"):
+    with pytest.raises(UsageError, match=rf"vocabularies of {vocab} and {vocab - 1} tokens, and cannot be compared"):
         collect(
             [bundles / "a & <b>", other], reference=bundles / "a & <b>", text=TEXT, text_name="t", context=64,
             max_windows=1, threads=1,
