@@ -241,7 +241,6 @@ def test_wrong_numbers_are_found_by_verification(
         (["eval", "{bundle}", "--pairs", "{short}"], 1, "line 1, is not JSON"),
         (["eval", "{bundle}", "--pairs", "nowhere"], 1, "nowhere cannot be read"),
         (["eval", "{bundle}", "--text", "{short}", "--out", "{fresh}"], 2, "--out takes the replies to --pairs"),
-        (["eval", "{bundle}", "--pairs", "{short}", "--out", "{short}"], 2, "exists already"),
         (["eval", "{bundle}", "--pairs", "{short}", "--out", "{bundle}"], 2, "is a folder"),
         (["quantize", "{bundle}", "{fresh}", "--recipe", "int9"], 2, "did you mean"),
         (["quantize", "{bundle}", "{bundle}"], 2, "exists already"),
