@@ -104,7 +104,7 @@ class _Run:
             while self.step < self.steps:
                 facts: dict[str, float] = {"step": self.step + 1, "kl": self._update()}
                 self.step += 1
-                if self.step % _MEASURE_EVERY == 0 or self.step == self.steps:
+                if len(self.held_out) and (self.step % _MEASURE_EVERY == 0 or self.step == self.steps):
                     facts["held_out_kl"] = self.measure()
                     note = f"distilling, divergence {facts['held_out_kl']:.4f} on text held out"
                 lines.write(json.dumps(facts) + "\n")
@@ -117,10 +117,10 @@ class _Run:
                     raise KeyboardInterrupt
 
     def measure(self) -> float:
-        """Mean divergence over the second halves of the windows held out, activations in float32; NaN without any."""
+        """Mean divergence over the second halves of the windows held out, activations in float32."""
         with torch.no_grad():
             parts = [self._divergence(ids, len(ids) // 2) for ids in self.held_out]
-        return float(torch.stack(parts).mean()) if parts else math.nan
+        return float(torch.stack(parts).mean())
 
     def _update(self) -> float:
         """One step of Adam; the divergence before it."""

@@ -11,6 +11,7 @@ depends on, so the same command goes on where it stopped, and another one begins
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import shutil
 from pathlib import Path
@@ -23,8 +24,11 @@ def work_folder(out: Path, *settings: object) -> Path:
     return out.parent / f".{out.name}.distill-{hashlib.sha256(repr(settings).encode()).hexdigest()[:16]}"
 
 
+def kept_work(out: Path) -> list[Path]:
+    """The folders of all runs for `out` that were stopped."""
+    return list(out.parent.glob(f".{glob.escape(out.name)}.distill-*"))
+
+
 def remove_work(out: Path) -> None:
-    """Every run's for `out`."""
-    for folder in out.parent.iterdir():
-        if folder.name.startswith(f".{out.name}.distill-"):
-            shutil.rmtree(folder, ignore_errors=True)
+    for folder in kept_work(out):
+        shutil.rmtree(folder, ignore_errors=True)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from gptedge.cli.common import BundleArgument, Force, Json, Threads, emit, needs, progress
+from gptedge.cli.common import BundleArgument, Force, Json, Threads, emit, needs, progress, say
 from gptedge.cli.evaluate import Context, MaxWindows, check_text, divergence_lines, measure
 from gptedge.cli.gates import Baseline, MaxKld, MaxPplIncrease, MaxSizeMb, MinTop1, judge, requested
 from gptedge.errors import UsageError
@@ -53,20 +53,26 @@ def command(
         check_text(bundle, text, gates, context=context, max_windows=max_windows)
     with needs("quantize"):
         from gptedge.quantize.quantizer import quantize
-    with progress("quantize") as report:
-        result = quantize(
-            bundle,
-            out,
-            recipe=recipe,
-            target_mb=target_mb,
-            calibration=calibration,
-            prefill=prefill,
-            kv=kv,
-            seed=seed,
-            force=force,
-            threads=threads,
-            report=report,
-        )
+        from gptedge.quantize.work import kept_work
+    try:
+        with progress("quantize") as report:
+            result = quantize(
+                bundle,
+                out,
+                recipe=recipe,
+                target_mb=target_mb,
+                calibration=calibration,
+                prefill=prefill,
+                kv=kv,
+                seed=seed,
+                force=force,
+                threads=threads,
+                report=report,
+            )
+    except KeyboardInterrupt:
+        if kept_work(out):
+            say(f"gptedge: what was done for {out} is kept; the same command goes on with it")
+        raise
     facts: dict[str, Any] = {"size_mb": result.size_mb}
     if text is not None:
         facts |= measure(out, text, reference=bundle, context=context, max_windows=max_windows, threads=threads)

@@ -249,7 +249,7 @@ def test_wrong_numbers_are_found_by_verification(
         (["export", "{checkpoint}", "{bundle}"], 2, "exists already"),
         (["export", "{checkpoint}", "{fresh}", "--dtype", "fp15"], 2, "did you mean fp1"),
         (["pull", "smolm2"], 2, "smollm2-135m-instruct"),
-        (["bench", "{bundle}", "--repeat", "0"], 2, "at least 1"),
+        (["bench", "{bundle}", "--repeat", "0", "--prompt-tokens", "9", "--new-tokens", "9"], 2, "at least 1"),
         (
             ["bench", "{bundle}", "--prompt-tokens", "900000"],
             1,

@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from gptedge.bundle import GRAPH, GRAPH_DATA, open_bundle
+from gptedge.errors import DataError
 from gptedge.evaluate.divergence import evaluate
 from gptedge.onnx_file import load_graph, read_initializer
 from gptedge.quantize import calibration, distill
 from gptedge.quantize.quantizer import quantize
 from gptedge.quantize.torch_graph import TorchGraph
-from gptedge.quantize.work import START
+from gptedge.quantize.work import START, kept_work
 from gptedge.runtime.session import PREFILL_AT_LEAST, Session
 from gptedge.tokenizer import Tokenizer
 from tests.conftest import TEXT
@@ -108,12 +109,28 @@ def test_ctrl_c_saves_and_leaves_the_destination_alone(tiny_bundle: Path, files:
     with pytest.raises(KeyboardInterrupt):
         make(tiny_bundle, files, tmp_path / "out", report=interrupt)
     (work,) = tmp_path.iterdir()
+    assert kept_work(tmp_path / "out") == [work]
     assert [p.name for p in work.glob("step-*.pt")] == ["step-00000003.pt"]
+
+
+def test_text_that_will_not_do_leaves_nothing(tiny_bundle: Path, files: Path, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("too short")
+    with pytest.raises(DataError, match="needs at least one window"):
+        quantize(
+            tiny_bundle, tmp_path / "out", recipe=str(files / "distilled.toml"), calibration=tmp_path / "short.txt"
+        )
+    assert [p.name for p in tmp_path.iterdir()] == ["short.txt"]
 
 
 def test_own_text_will_do(tiny_bundle: Path, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibration, "OWN_WINDOWS", 2)
-    made = quantize(tiny_bundle, tmp_path / "out", recipe=str(files / "distilled.toml"), kv="int8", threads=1)
+    notes: list[str] = []
+    made = quantize(
+        tiny_bundle, tmp_path / "out", recipe=str(files / "distilled.toml"), kv="int8", threads=1,
+        report=lambda done, total, note: notes.append(f"{note} {done}"),
+    )  # fmt: skip
+    assert notes.count("writing calibration text 1") == 1, "it serves rounding and training"
+    assert not any("held out" in note for note in notes), "of two windows, none"
     assert np.isfinite(divergence(made.bundle, tiny_bundle))
     assert open_bundle(made.bundle).kv == made.kv == "int8"  # scales are of the trained weights' keys and values
 
