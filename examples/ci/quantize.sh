@@ -5,13 +5,18 @@
 #   TEXT     UTF-8 text to measure on, 16,000 tokens or more; other text than the model is calibrated on
 #   WORK     where everything goes: fp32/ and quantized/ (bundles), eval.json   (default: build)
 #   RECIPE   of gptedge quantize                                               (default: int8)
+#   TARGET_MB                                     the size that RECIPE=mixed fills
 #   CALIBRATION                                   text for recipes that learn from data (optional)
+#   PREFILL KV                                    int8: a graph for prompts, an 8-bit KV cache (optional)
 #   MAX_SIZE_MB MAX_KL MIN_TOP1 MAX_PPL_INCREASE  bounds (optional)
 #   BASELINE                                      an earlier eval.json to be no worse than (optional)
 #
 # Ends with gptedge's exit code: 4 when a gate failed.
 set -euo pipefail
 
+source=${SOURCE:?set SOURCE to the checkpoint}
+text=${TEXT:?set TEXT to a text file}
+[ -f "$text" ] || { echo "TEXT is $text, which is no file" >&2; exit 2; }
 work=${WORK:-build}
 mkdir -p "$work"
 
@@ -21,11 +26,14 @@ option() { # option FLAG VALUE: adds both, unless the value is empty
 }
 
 echo "::group::export"
-gptedge export "${SOURCE:?set SOURCE to the checkpoint}" "$work/fp32" --force
+gptedge export "$source" "$work/fp32" --force
 echo "::endgroup::"
 
 echo "::group::quantize"
+option --target-mb "${TARGET_MB:-}"
 option --calibration "${CALIBRATION:-}"
+option --prefill "${PREFILL:-}"
+option --kv "${KV:-}"
 gptedge quantize "$work/fp32" "$work/quantized" --recipe "${RECIPE:-int8}" ${options[@]+"${options[@]}"} --force
 echo "::endgroup::"
 
@@ -35,5 +43,5 @@ option --max-kl "${MAX_KL:-}"
 option --min-top1 "${MIN_TOP1:-}"
 option --max-ppl-increase "${MAX_PPL_INCREASE:-}"
 option --baseline "${BASELINE:-}"
-gptedge eval "$work/quantized" --reference "$work/fp32" --text "${TEXT:?set TEXT to a text file}" \
+gptedge eval "$work/quantized" --reference "$work/fp32" --text "$text" \
     ${options[@]+"${options[@]}"} --json >"$work/eval.json"

@@ -62,7 +62,7 @@ def test_workflow_is_one_that_github_reads(workflow: dict[Any, Any]) -> None:
     steps = workflow["jobs"]["quantize"]["steps"]
     assert {step["uses"] for step in steps if "uses" in step} == ACTIONS
     assert all(("uses" in step) != ("run" in step) for step in steps)
-    assert workflow["jobs"]["quantize"]["env"]["GPTEDGE"] == "gptedge[export,quantize]"
+    assert workflow["jobs"]["quantize"]["env"]["GPTEDGE"] == "./ci/gptedge[export,quantize]"
     assert all(isinstance(value, str) for value in workflow["jobs"]["quantize"]["env"].values())
 
 
@@ -90,6 +90,18 @@ def test_steps_make_a_bundle_and_judge_it(workflow: dict[Any, Any], repository: 
 
 
 def test_script_says_what_is_missing(workflow: dict[Any, Any], repository: Path) -> None:
-    done = run_steps(workflow, repository, SOURCE="")
-    assert done.returncode != 0
-    assert "set SOURCE to the checkpoint" in done.stderr
+    for missing, complaint in ({"SOURCE": ""}, "set SOURCE to the checkpoint"), ({"TEXT": "no.txt"}, "TEXT is no.txt"):
+        done = run_steps(workflow, repository, **missing)
+        assert done.returncode != 0
+        assert complaint in done.stderr
+        assert not (repository / "build").exists(), "before anything is made"
+
+
+def test_script_hands_its_options_on(workflow: dict[Any, Any], repository: Path) -> None:
+    bounds = {"MAX_KL": "50", "MIN_TOP1": "1%", "MAX_PPL_INCREASE": "900%"}
+    done = run_steps(workflow, repository, **bounds, RECIPE="mixed", TARGET_MB="0.3", KV="int8", PREFILL="int8")
+    assert done.returncode == 0, done.stderr
+    made = open_bundle(repository / "build" / "quantized")
+    assert (made.recipe, made.kv) == ("mixed", "int8")
+    assert made.prefill_bytes
+    assert made.size_bytes <= 300_000
