@@ -74,6 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
     _end_like_an_interrupt(signal.SIGTERM)
     try:
         app = build()
+        _check_environment(app.commands, arguments)
         result = app.main(
             arguments,
             prog_name="gptedge",
@@ -136,6 +137,18 @@ def _end_like_an_interrupt(number: int) -> None:
 
     with suppress(ValueError):  # not the main thread: an embedding program keeps its own handlers
         signal.signal(number, interrupt)
+
+
+def _check_environment(commands: Mapping[str, Any], arguments: list[str]) -> None:
+    """A variable that means no option of the verb is a slip that would leave a gate or a bound unset."""
+    verb = next((a for a in arguments if a in commands), None)
+    if verb is None:
+        return
+    prefix = f"GPTEDGE_{verb.upper()}_"
+    known = [prefix + p.name.upper() for p in commands[verb].params]
+    for variable in os.environ:
+        if variable.startswith(prefix) and variable not in known:
+            raise UsageError(f"{variable} is no setting of {verb}{nearest(variable, known)}")
 
 
 def _config_file(commands: Mapping[str, Any]) -> dict[str, Any] | None:
