@@ -42,8 +42,7 @@ def read_run(folder: Path, name: str) -> RunReport:
     """The metrics that a trainer wrote. Raises DataError naming the line that is something else."""
     losses, held_out = [], []
     measures: dict[str, list[tuple[int, float]]] = {}
-    *lines, _ = read_text(folder / METRICS).split("\n")  # what follows the last line's end was cut off while written
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_text(folder / METRICS).splitlines(keepends=True), 1):
         try:
             entry = json.loads(line)
             losses.append((int(entry["step"]), _finite(entry["loss"])))
@@ -52,7 +51,9 @@ def read_run(folder: Path, name: str) -> RunReport:
             for measure in MEASURES:
                 if entry.get(measure) is not None:
                     measures.setdefault(measure, []).append((int(entry["step"]), _finite(entry[measure])))
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except (ValueError, TypeError, KeyError, AttributeError) as e:
+            if isinstance(e, json.JSONDecodeError) and losses and not line.endswith("\n"):
+                break  # the last line was cut off while it was written
             raise DataError(
                 f"{folder / METRICS}, line {number}, has no step and loss, or a value that is not a number"
             ) from None

@@ -275,7 +275,7 @@ def test_history_from_elsewhere_is_checked(model: gptedge.Model) -> None:
     chat = model.chat()
     with pytest.raises(gptedge.DataError, match="message 0"):
         chat.load_dict({"messages": [{"role": "pirate", "content": "arr"}]})
-    with pytest.raises(gptedge.DataError, match="must be a list"):
+    with pytest.raises(gptedge.DataError, match="must have messages, a list"):
         chat.load_dict({})
 
 
