@@ -27,6 +27,9 @@ from gptedge.train.batches import Batch
 T = TypeVar("T")
 
 _PATIENCE = timedelta(days=7)  # the others wait while the first process tokenizes
+_groups: list[Any] = []
+"""Kept until the process ends. Gloo's destructor waits for its threads with the interpreter's lock held, and they may
+want that lock to free the tensors of the last message: both would wait for ever."""
 
 
 def choose_device(local_rank: int = 0) -> torch.device:
@@ -128,6 +131,7 @@ def processes(*, shard: bool = False) -> Iterator[Processes]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
+    _groups.append(dist.group.WORLD)
     try:
         yield Processes(dist.get_rank(), world, device, shard)
     finally:
