@@ -149,7 +149,7 @@ def collect(
     text: str,
     text_name: str,
     reference: Path | None = None,
-    context: int,
+    context: int | None,
     max_windows: int = DEFAULT_WINDOWS,
     threads: int | None = None,
     report: Report = silent,

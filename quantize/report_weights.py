@@ -19,6 +19,7 @@ from onnx import ModelProto, TensorProto
 
 from gptedge.bundle import GRAPH, OUTPUT_ERRORS, open_bundle
 from gptedge.onnx_file import load_graph, read_initializer
+from gptedge.quantize.passes import plain_name
 from gptedge.quantize.recipes import Scheme
 from gptedge.quantize.rounding import Blocks, FloatArray, dequantize
 
@@ -89,7 +90,7 @@ class _Quantized:
 def weight_errors(bundle: Path, reference: Path) -> list[WeightError]:
     """Of every weight of the reference that is a matrix, in its graph's order."""
     originals, stored = _matrices(reference), _matrices(bundle)
-    measured = {name.removesuffix(".half"): e for name, e in _output_errors(bundle).items()}
+    measured = {plain_name(name): e for name, e in _output_errors(bundle).items()}
     return [
         WeightError(
             name, *_place(name), other.label if other else "unknown", *_error(other, original), measured.get(name)
@@ -112,9 +113,9 @@ def _matrices(folder: Path) -> dict[str, _Stored]:
     found: dict[str, _Stored] = {}
     for name, tensor in tensors.items():
         base, _, role = name.rpartition(".")
-        plain = name.removesuffix(".half")
+        plain = plain_name(name)
         if role == "packed" and (made := _quantized(model, tensors, base, folder)):
-            found[base.removesuffix(".half")] = made
+            found[plain_name(base)] = made
         elif plain.endswith(".weight") and len(tensor.dims) == 2 and tensor.data_type in _FLOATS:
             found[plain] = _Float(tensor, folder)
     return found

@@ -85,14 +85,14 @@ def command(
 def check_text(bundle: Path, text: Path, gates: Gates, *, context: int | None, max_windows: int | None) -> None:
     """Refuse a text that fills no window, or is not the baseline's, before a bundle is made to be measured on it."""
     from gptedge.bundle import open_bundle
-    from gptedge.evaluate.divergence import DEFAULT_CONTEXT, cut, hash_of
+    from gptedge.evaluate.divergence import Scores, cut, hash_of
     from gptedge.text import read_text
     from gptedge.tokenizer import Tokenizer
 
     longest = int(open_bundle(bundle).genai_config["model"]["context_length"])
-    context = min(DEFAULT_CONTEXT if context is None else context, longest)
-    windows = cut(Tokenizer.from_folder(bundle).encode(read_text(text)), context, max_windows)
-    check_same_text(gates, {"ids_sha256": hash_of(windows), "tokens": len(windows) * (context - 1 - context // 2)})
+    windows = cut(Tokenizer.from_folder(bundle).encode(read_text(text)), context, max_windows, longest)
+    n_scored = len(windows) * len(Scores.scored(windows.shape[1]))
+    check_same_text(gates, {"ids_sha256": hash_of(windows), "tokens": n_scored})
 
 
 def measure(
@@ -105,7 +105,7 @@ def measure(
     max_windows: int | None = None,
 ) -> dict[str, Any]:
     """The evaluation as JSON-ready data, with the bundle's size."""
-    from gptedge.evaluate.divergence import DEFAULT_CONTEXT, check_same_tokens, evaluate
+    from gptedge.evaluate.divergence import check_same_tokens, evaluate
     from gptedge.loading import load
     from gptedge.text import read_text
 
@@ -120,7 +120,7 @@ def measure(
                 model.session,
                 ids,
                 reference=other.session if other else None,
-                context=DEFAULT_CONTEXT if context is None else context,
+                context=context,
                 max_windows=max_windows,
                 byte_length=lambda i: len(model.tokenizer.token_bytes(i)),
                 report=report,

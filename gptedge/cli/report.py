@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gptedge.cli.common import Force, Json, Threads, check_page, emit, needs, progress, write_page
+from gptedge.cli.evaluate import Context
 
 if TYPE_CHECKING:
     from gptedge.quantize.report import ReportData
@@ -24,7 +25,7 @@ def command(
     reference: Annotated[
         Path | None, typer.Option(help="The bundle to compare with (default: the one that is fp32, or fp16).")
     ] = None,
-    context: Annotated[int | None, typer.Option(help="Tokens of a window (default 512).")] = None,
+    context: Context = None,
     max_windows: Annotated[int, typer.Option(help="Windows of the text to measure on.")] = 8,
     threads: Threads = None,
     force: Force = False,
@@ -34,7 +35,6 @@ def command(
     check_page(out, force=force)
     with needs("quantize"):
         from gptedge.quantize.report import collect
-    from gptedge.evaluate.divergence import DEFAULT_CONTEXT
     from gptedge.evaluate.sample import SAMPLE_NAME, sample_text
     from gptedge.text import read_text
 
@@ -44,7 +44,7 @@ def command(
             text=sample_text() if text is None else read_text(text),
             text_name=SAMPLE_NAME if text is None else text.name,
             reference=reference,
-            context=DEFAULT_CONTEXT if context is None else context,
+            context=context,
             max_windows=max_windows,
             threads=threads,
             report=report,

@@ -77,10 +77,15 @@ class Scores:
     kl: Floats | None
     """[N]; None without a reference."""
 
+    @staticmethod
+    def scored(context: int) -> npt.NDArray[np.int64]:
+        """Where in a window of `context` tokens those stand that are predicted and scored."""
+        return np.arange(context // 2 + 1, context)
+
     def places(self) -> npt.NDArray[np.int64]:
         """Where each scored position's token, the one predicted, stands in the text, [N]."""
         windows, context = self.ids.shape
-        return (np.arange(windows)[:, None] * context + np.arange(context // 2 + 1, context)).ravel()
+        return (np.arange(windows)[:, None] * context + self.scored(context)).ravel()
 
     def targets(self) -> npt.NDArray[np.int64]:
         """The token that came at each scored position, [N]."""
@@ -103,7 +108,7 @@ def evaluate(
     ids: Sequence[int],
     *,
     reference: Session | None = None,
-    context: int = DEFAULT_CONTEXT,
+    context: int | None = None,
     max_windows: int | None = None,
     byte_length: Callable[[int], int] | None = None,
     report: Report = silent,
@@ -118,21 +123,20 @@ def score(
     ids: Sequence[int],
     *,
     reference: Session | None = None,
-    context: int = DEFAULT_CONTEXT,
+    context: int | None = None,
     max_windows: int | None = None,
     report: Report = silent,
 ) -> Scores:
     """Score token ids. Raises DataError when they fill no window, UsageError when the two vocabularies differ,
     BundleError when a model's logits are not numbers."""
-    context = min(context, session.context_length, reference.context_length if reference else context)
     if reference and reference.vocab_size != session.vocab_size:
         raise UsageError(
             f"the reference has {reference.vocab_size} tokens in its vocabulary, the bundle {session.vocab_size}"
         )
-    windows = cut(ids, context, max_windows)
+    windows = cut(ids, context, max_windows, *(s.context_length for s in (session, reference) if s))
     parts = []
     for w, window in enumerate(windows):
-        parts += list(_score_window(session, reference, window, w * context))
+        parts += list(_score_window(session, reference, window, w * len(window)))
         report(w + 1, len(windows), "windows")
     models, references, kl = zip(*parts, strict=True)
     if reference is None:
@@ -140,8 +144,12 @@ def score(
     return Scores(windows, _join(models), _join(references), np.concatenate(kl))
 
 
-def cut(ids: Sequence[int], context: int, max_windows: int | None) -> npt.NDArray[np.int64]:
-    """The first windows of a text, [windows, context]. Raises DataError where there is none."""
+def cut(ids: Sequence[int], context: int | None, max_windows: int | None, *longest: int) -> npt.NDArray[np.int64]:
+    """The first windows of a text, of DEFAULT_CONTEXT tokens or `context`, but none of `longest` exceeded.
+
+    [windows, tokens]. Raises DataError where the text fills none.
+    """
+    context = min(DEFAULT_CONTEXT if context is None else context, *longest)
     if context < 4:
         raise UsageError(f"context is {context}; windows need at least 4 tokens")
     n = len(ids) // context if max_windows is None else min(max_windows, len(ids) // context)

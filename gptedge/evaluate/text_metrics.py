@@ -57,9 +57,8 @@ class TextScores:
 
 def read_pairs(path: Path) -> list[Pair]:
     """Raises DataError naming the first line that is not a pair, or when there is none."""
-    lines = (
-        read_text(path).removeprefix("\ufeff").split("\n")
-    )  # other ends of lines, such as U+2028, may stand inside JSON's texts
+    # By "\n" alone: other ends of lines, such as U+2028, may stand inside JSON's texts.
+    lines = read_text(path).removeprefix("\ufeff").split("\n")
     pairs = [_pair(f"{path}, line {i}", line) for i, line in enumerate(lines, 1) if line.strip()]
     if not pairs:
         raise DataError(f'{path} has no pairs; give lines of {{"prompt": …, "reference": …}}')

@@ -48,8 +48,7 @@ def test_the_lock_goes_to_who_has_waited_longest() -> None:
     assert order[-1] == "free"
 
 
-@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="sends a signal to one thread")
-def test_who_is_interrupted_while_waiting_leaves_the_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_is_interrupted_while_waiting_leaves_the_queue() -> None:
     lock, end, main = FairLock(), threading.Event(), threading.get_ident()
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -86,9 +87,9 @@ def test_closed_session_says_so(tiny_bundle: Path) -> None:
 
 
 @pytest.mark.parametrize("threads", [0, -1, 3000, 1.5, "2", True])
-def test_threads_must_be_a_number_of_them(tiny_bundle: Path, threads: object) -> None:
+def test_threads_must_be_a_number_of_them(tiny_bundle: Path, threads: Any) -> None:
     with pytest.raises(UsageError, match=rf"threads is {threads!r}; it must be a whole number from 1 to \d+"):
-        Session(open_bundle(tiny_bundle), threads=threads)  # type: ignore[arg-type]
+        Session(open_bundle(tiny_bundle), threads=threads)
 
 
 def test_provider_is_chosen() -> None:
