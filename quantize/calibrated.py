@@ -60,13 +60,9 @@ class Calibrator:
 
     def put_in_place(self, target: Target, blocks: Blocks) -> None:
         """Later activations come through the quantized weight."""
-        names = {role: f"{target.weight}.{role}" for role in ("packed", "scales", "zero_points")}
-        arrays = {role: getattr(blocks, role) for role in names if getattr(blocks, role) is not None}
-        initializers: Iterable[TensorProto] = [
-            *(onnx.numpy_helper.from_array(array, names[role]) for role, array in arrays.items()),
-            *shape_constants(target),
-        ]
-        for node, nodes in replacements(target, {role: names[role] for role in arrays}, self._nodes).items():
+        made = {role: onnx.numpy_helper.from_array(a, f"{target.weight}.{role}") for role, a in blocks.arrays().items()}
+        initializers: Iterable[TensorProto] = [*made.values(), *shape_constants(target)]
+        for node, nodes in replacements(target, {role: t.name for role, t in made.items()}, self._nodes).items():
             self._quantized.replace(node, nodes, initializers)
 
     def _weights_of(self, node: str, target: Target) -> FloatArray:

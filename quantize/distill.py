@@ -176,5 +176,5 @@ def _changed(student: TorchGraph) -> dict[str, npt.NDArray[Any]]:
     made: dict[str, npt.NDArray[Any]] = {name: g().detach().numpy() for name, g in student.named_gains().items()}
     for name, matrix in student.named_matrices().items():
         blocks = as_blocks(*matrix.rounded(), matrix.scheme)
-        made |= {f"{name}.packed": blocks.packed, f"{name}.scales": blocks.scales}
+        made |= {f"{name}.{role}": array for role, array in blocks.arrays().items()}
     return made

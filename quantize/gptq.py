@@ -40,7 +40,7 @@ def quantize_calibrated(weight: FloatArray, h: FloatArray, cross: FloatArray, sc
     integers = round_columns(weight, h, scale, zero, scheme)
     for i in range(DESCENTS):
         if i:
-            scale = storable(fit_scales(weight, h, integers, scale, zero, scheme))
+            scale = storable(fit_scales(weight, h, integers, scale, zero, scheme), scheme)
         integers = descend(weight, h, integers, scale, zero, scheme)
     return as_blocks(integers, scale, zero, scheme)
 

@@ -233,7 +233,8 @@ def _candidates(target: Target) -> tuple[Scheme, ...]:
 
 
 def _size(target: Target, scheme: Scheme) -> int:
-    """Bytes of a weight: integers, float16 scales and zero points."""
+    """Bytes of a weight: integers, scales (see rounding.storable) and zero points."""
     blocks = -(-target.width // scheme.block_size)
+    scales = 2 * blocks if scheme.bits == 8 else blocks + 2
     zero_points = 0 if scheme.symmetric else -(-blocks * scheme.bits // 8)
-    return target.rows * (blocks * scheme.block_size * scheme.bits // 8 + 2 * blocks + zero_points)
+    return target.rows * (blocks * scheme.block_size * scheme.bits // 8 + scales + zero_points)

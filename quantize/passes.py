@@ -111,7 +111,7 @@ def rewrite(
     store: Callable[[Target], dict[str, TensorProto]],
     keep: Callable[[TensorProto], TensorProto],
 ) -> None:
-    """Rewrite in place. `store` quantizes one target and gives its initializers by role (packed, scales, zero_points);
+    """Rewrite in place. `store` quantizes one target and gives its initializers by role (see rounding.Blocks);
     `keep` copies an initializer that stays as it is."""
     graph = model.graph
     quantized = {t.weight for t in targets}
@@ -154,15 +154,24 @@ def replacements(target: Target, roles: dict[str, str], nodes: Mapping[str, Node
         else [product(nodes[name], target, roles)]
         for name in order
     }
-    shared = [_widen_scales(target, roles), *(_widen_weights(target, roles) if target.group.widen else ())]
+    shared = [*_widen_scales(target, roles), *(_widen_weights(target, roles) if target.group.widen else ())]
     made[order[0]] = [*shared, *made[order[0]]]
     return made
 
 
-def _widen_scales(target: Target, roles: dict[str, str]) -> NodeProto:
-    """Scales rest as float16; onnxruntime folds this once, when it loads."""
+def _widen_scales(target: Target, roles: dict[str, str]) -> Iterator[NodeProto]:
+    """float32 scales of what rests in a smaller form; onnxruntime folds this once, when it loads."""
     name = f"{target.weight}.scales.float"
-    return helper.make_node("Cast", [roles["scales"]], [name], name=name, to=TensorProto.FLOAT)
+    if "units" not in roles:
+        yield _cast(roles["scales"], name)
+        return
+    parts, units = f"{target.weight}.scales.parts", f"{target.weight}.units.float"
+    yield from (_cast(roles["scales"], parts), _cast(roles["units"], units))
+    yield helper.make_node("Mul", [parts, units], [name], name=name)
+
+
+def _cast(source: str, name: str) -> NodeProto:
+    return helper.make_node("Cast", [source], [name], name=name, to=TensorProto.FLOAT)
 
 
 def _product(node: NodeProto, target: Target, roles: dict[str, str]) -> NodeProto:

@@ -368,9 +368,4 @@ def _copy_graph(source: Path, folder: Path, *, changed: Mapping[str, npt.NDArray
 
 
 def _initializers(file: WeightFile, name: str, blocks: Blocks) -> dict[str, TensorProto]:
-    arrays: dict[str, npt.NDArray[Any] | None] = {
-        "packed": blocks.packed,
-        "scales": blocks.scales,
-        "zero_points": blocks.zero_points,
-    }
-    return {role: file.add(f"{name}.{role}", [array]) for role, array in arrays.items() if array is not None}
+    return {role: file.add(f"{name}.{role}", [array]) for role, array in blocks.arrays().items()}

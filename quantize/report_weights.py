@@ -21,7 +21,7 @@ from gptedge.bundle import GRAPH, OUTPUT_ERRORS, open_bundle
 from gptedge.onnx_file import load_graph, read_initializer
 from gptedge.quantize.passes import plain_name
 from gptedge.quantize.recipes import Scheme
-from gptedge.quantize.rounding import Blocks, FloatArray, dequantize
+from gptedge.quantize.rounding import ROLES, Blocks, FloatArray, dequantize
 
 _CHUNK_VALUES = 1 << 20
 _LAYER = re.compile(r"(?:.*?\.)?(\d+)\.(.+)")
@@ -75,16 +75,14 @@ class _Quantized:
     """What MatMulNBits or GatherBlockQuantized reads."""
 
     def __init__(self, arrays: Mapping[str, npt.NDArray[Any]], bits: int, block_size: int, width: int) -> None:
-        self._packed, self._scales = arrays["packed"], arrays["scales"]
-        self._zero_points = arrays.get("zero_points")
-        self._scheme = Scheme(bits, block_size, symmetric=self._zero_points is None, steps=1)
-        self.shape = (len(self._packed), width)
+        self._arrays = arrays
+        self._scheme = Scheme(bits, block_size, symmetric="zero_points" not in arrays, steps=1)
+        self.shape = (len(arrays["packed"]), width)
         self.label = f"{bits}-bit, blocks of {block_size}"
 
     def rows(self, start: int, stop: int) -> FloatArray:
-        zero_points = None if self._zero_points is None else self._zero_points[start:stop]
-        part = Blocks(self._packed[start:stop], self._scales[start:stop], zero_points)
-        return dequantize(part, self._scheme, self.shape[1])
+        part = {role: self._arrays[role][start:stop] if role in self._arrays else None for role in ROLES}
+        return dequantize(Blocks(**part), self._scheme, self.shape[1])
 
 
 def weight_errors(bundle: Path, reference: Path) -> list[WeightError]:
@@ -124,7 +122,7 @@ def _matrices(folder: Path) -> dict[str, _Stored]:
 def _quantized(model: ModelProto, tensors: Mapping[str, TensorProto], base: str, folder: Path) -> _Quantized | None:
     """None where the operator that reads it, or its layout, is another than ours."""
     reader = next((n for n in model.graph.node if f"{base}.packed" in n.input), None)
-    roles = [role for role in ("packed", "scales", "zero_points") if f"{base}.{role}" in tensors]
+    roles = [role for role in ROLES if f"{base}.{role}" in tensors]
     if reader is None or "scales" not in roles:
         return None
     arrays = {role: read_initializer(tensors[f"{base}.{role}"], folder) for role in roles}
@@ -137,7 +135,7 @@ def _quantized(model: ModelProto, tensors: Mapping[str, TensorProto], base: str,
         bits in _BITS
         and packed.dtype == np.uint8
         and packed.shape[1:] == (*scales.shape[1:], block * bits // 8)
-        and scales.dtype in (np.float16, np.float32)
+        and scales.dtype in ((np.float16, np.float32) if "units" not in arrays else (np.uint8,))
         and (zero is None or (zero.dtype == np.uint8 and zero.shape == (len(scales), -(-scales.shape[1] * bits // 8))))
     )
     return _Quantized(arrays, bits, block, numbers.get("K", scales.shape[1] * block)) if fits and bits else None

@@ -6,9 +6,10 @@ bytes are laid out as onnxruntime's MatMulNBits reads them (contrib operators, c
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,16 +25,35 @@ Candidates = Iterator[tuple[FloatArray, FloatArray]]
 _SMALLEST_SHRINK = 0.75  # of a block's range; narrower ones never won in the search
 _CHUNK_VALUES = 1 << 19  # weights rounded at once by a thread; larger chunks fall out of the processor's cache
 _TINY = np.float32(np.finfo(np.float16).tiny)
+TOP_PART = 255.0
+"""The largest scale of a 4-bit weight, in its row's units."""
+_SMALLEST_UNIT = np.float32(2**-24)  # above zero in float16
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """A quantized matrix of N rows: integers [N, blocks, bytes of a block], scales float16 [N, blocks], zero points."""
+    """A quantized matrix of N rows, as a file holds it. Scales have two forms, see `storable`."""
 
     packed: ByteArray
-    scales: npt.NDArray[np.float16]
+    """Integers, [N, blocks, bytes of a block]."""
+    scales: npt.NDArray[np.float16] | ByteArray
+    """[N, blocks]: float16 for weights of 8 bits, uint8 parts of the row's unit for those of 4."""
+    units: npt.NDArray[np.float16] | None
+    """[N, 1], powers of two; None beside float16 scales."""
     zero_points: ByteArray | None
     """Packed like the integers, [N, ceil(blocks * bits / 8)]; None when symmetric."""
+
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """By role, which is the field's name; those that there are."""
+        return {role: array for role in ROLES if (array := getattr(self, role)) is not None}
+
+    def float_scales(self) -> FloatArray:
+        """[N, blocks], as the kernels take them."""
+        scales = self.scales.astype(np.float32)
+        return scales if self.units is None else scales * self.units.astype(np.float32)
+
+
+ROLES = tuple(f.name for f in fields(Blocks))
 
 
 def quantize_rows(weight: FloatArray, scheme: Scheme, importance: FloatArray | None = None) -> Blocks:
@@ -47,12 +67,8 @@ def quantize_rows(weight: FloatArray, scheme: Scheme, importance: FloatArray | N
 def quantize_matrix(rows: npt.NDArray[Any], scheme: Scheme, importance: FloatArray | None, pool: Executor) -> Blocks:
     """`quantize_rows` of a whole matrix, chunks of rows in parallel: numpy releases the interpreter's lock."""
     parts = list(pool.map(lambda c: quantize_rows(np.asarray(c, np.float32), scheme, importance), _row_chunks(rows)))
-    zero_points = [p.zero_points for p in parts if p.zero_points is not None]
-    return Blocks(
-        np.concatenate([p.packed for p in parts]),
-        np.concatenate([p.scales for p in parts]),
-        np.concatenate(zero_points) if zero_points else None,
-    )
+    arrays = [p.arrays() for p in parts]
+    return Blocks(**{role: np.concatenate([a[role] for a in arrays]) if role in arrays[0] else None for role in ROLES})
 
 
 def search_scales(
@@ -75,7 +91,11 @@ def as_blocks(integers: FloatArray, scale: FloatArray, zero: FloatArray, scheme:
 
 def _stored(integers: ByteArray, scale: FloatArray, zero: FloatArray, scheme: Scheme) -> Blocks:
     zero_points = None if scheme.symmetric else pack(zero.astype(np.uint8), scheme.bits)
-    return Blocks(pack(integers, scheme.bits), scale.astype(np.float16), zero_points)
+    packed = pack(integers, scheme.bits)
+    if scheme.bits == 8:
+        return Blocks(packed, scale.astype(np.float16), None, zero_points)
+    units = row_units(scale)
+    return Blocks(packed, _parts(scale, units).astype(np.uint8), units.astype(np.float16), zero_points)
 
 
 def _row_chunks(rows: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
@@ -90,7 +110,7 @@ def dequantize(blocks: Blocks, scheme: Scheme, width: int) -> FloatArray:
         zero: Any = np.float32(2 ** (scheme.bits - 1))
     else:
         zero = unpack(blocks.zero_points, scheme.bits)[:, : integers.shape[1], None].astype(np.float32)
-    values: FloatArray = (integers - zero) * blocks.scales.astype(np.float32)[..., None]
+    values: FloatArray = (integers - zero) * blocks.float_scales()[..., None]
     return values.reshape(len(values), -1)[:, :width]
 
 
@@ -127,7 +147,7 @@ def _round(blocks: FloatArray, scale: FloatArray, zero: FloatArray, scheme: Sche
 
 
 def _search(blocks: FloatArray, scheme: Scheme, importance: FloatArray | None) -> tuple[FloatArray, FloatArray]:
-    """Per block the scale (as float16 holds it) and zero point of least squared error, float32 [N, blocks]."""
+    """Per block the scale (as it can be stored) and zero point of least squared error, float32 [N, blocks]."""
     candidates = (_symmetric_candidates if scheme.symmetric else _asymmetric_candidates)(blocks, scheme)
     best_scale, best_zero = next(candidates)
     best_error = _error(blocks, best_scale, best_zero, scheme, importance)
@@ -143,24 +163,55 @@ def _search(blocks: FloatArray, scheme: Scheme, importance: FloatArray | None) -
 def _take_grid(blocks: FloatArray, scale: FloatArray, zero: FloatArray, scheme: Scheme) -> None:
     """Put the scales and zero points of blocks that lie on a grid already, such as trained ones, in place.
 
-    A grid's step is its range over a whole number of steps, and a float16: few blocks pass that test by chance.
+    A grid's step is its range over a whole number of steps, and a float16: few blocks pass that test by chance. A row
+    all of whose blocks have steps in parts of one unit keeps them to the last bit.
     """
-    top = 2**scheme.bits - 1
-    low, high = np.minimum(blocks.min(-1), 0), np.maximum(blocks.max(-1), 0)
-    half = 2 ** (scheme.bits - 1)
+    low, high = _ends(blocks)
+    step = _grid_steps(blocks, scheme, _as_half)
+    if scheme.bits == 4:
+        units = row_units(_widest_step(low, high, scheme)) / 2
+        for _ in range(scheme.bits + 2):  # the widest block may use all of its range, or one step of it
+            whole = _grid_steps(blocks, scheme, partial(storable, scheme=scheme, units=units))
+            is_whole = ((whole > 0) == (high > low)).all(1, keepdims=True)
+            step = np.where(is_whole, whole, step)
+            units *= 2
+    found = step > 0
+    if not found.any():
+        return
+    middle = np.float32(2 ** (scheme.bits - 1)) if scheme.symmetric else -low / np.where(found, step, 1)
+    np.copyto(zero, middle, where=found)
+    scale[:] = storable(np.where(found, step, scale), scheme)
+
+
+def _grid_steps(blocks: FloatArray, scheme: Scheme, stored: Callable[[FloatArray], FloatArray]) -> FloatArray:
+    """Per block the finest step of a grid that it lies on and `stored` leaves as it is, [N, blocks]; 0 without one."""
+    low, high = _ends(blocks)
+    top, half = 2**scheme.bits - 1, 2 ** (scheme.bits - 1)
     range_, most = (np.maximum(-low, high), half) if scheme.symmetric else (high - low, top)
-    open_ = range_ > 0
+    found = np.zeros_like(range_)
     for steps in range(most, 0, -1):
         step = range_ / np.float32(steps)
-        at = np.nonzero(open_ & (step == storable(step)))
+        at = np.nonzero((found == 0) & (range_ > 0) & (step == stored(step)))
         if not len(at[0]):
             continue
         step = step[at]
         integers = blocks[at] / step[:, None]
         middle = np.full_like(step, half) if scheme.symmetric else -low[at] / step
         fits = (integers == np.rint(integers)).all(-1) & (integers.max(-1) + middle <= top)
-        at = tuple(a[fits] for a in at)
-        scale[at], zero[at], open_[at] = step[fits], middle[fits], False
+        found[tuple(a[fits] for a in at)] = step[fits]
+    return found
+
+
+def _ends(blocks: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Of each block's range, which includes zero."""
+    return np.minimum(blocks.min(-1), 0), np.maximum(blocks.max(-1), 0)
+
+
+def _widest_step(low: FloatArray, high: FloatArray, scheme: Scheme) -> FloatArray:
+    """The step at which a block's range is just held, [N, blocks]."""
+    if scheme.symmetric:
+        return np.maximum(-low, high) / np.float32(2 ** (scheme.bits - 1) - 1)
+    return (high - low) / np.float32(2**scheme.bits - 1)
 
 
 def _shrinks(steps: int) -> list[np.float32]:
@@ -168,26 +219,47 @@ def _shrinks(steps: int) -> list[np.float32]:
 
 
 def _symmetric_candidates(blocks: FloatArray, scheme: Scheme) -> Candidates:
-    half = 2 ** (scheme.bits - 1)
-    largest = np.abs(blocks).max(-1)
-    zero = np.full_like(largest, half)
+    step = _widest_step(*_ends(blocks), scheme)
+    units, zero = row_units(step), np.full_like(step, 2 ** (scheme.bits - 1))
     for shrink in _shrinks(scheme.steps):
-        yield storable(largest * (shrink / (half - 1))), zero
+        yield storable(step * shrink, scheme, units), zero
 
 
 def _asymmetric_candidates(blocks: FloatArray, scheme: Scheme) -> Candidates:
     """Ranges that include zero, each end shrunk alone and both together."""
-    top = 2**scheme.bits - 1
-    low, high = np.minimum(blocks.min(-1), 0), np.maximum(blocks.max(-1), 0)
+    low, high = _ends(blocks)
+    units, top = row_units(_widest_step(low, high, scheme)), 2**scheme.bits - 1
     for shrink in _shrinks(scheme.steps):
         for a, b in dict.fromkeys(((shrink, shrink), (shrink, np.float32(1)), (np.float32(1), shrink))):
-            scale = storable((high * b - low * a) / top)
+            scale = storable(_widest_step(low * a, high * b, scheme), scheme, units)
             yield scale, np.clip(np.rint(-low * a / scale), 0, top)
 
 
-def storable(scale: FloatArray) -> FloatArray:
-    """As float16 will hold it; never zero, so that a block of zeros has a scale."""
+def storable(scale: FloatArray, scheme: Scheme, units: FloatArray | None = None) -> FloatArray:
+    """Scales [N, blocks] as a file will hold them; never zero, so that a block of zeros has a scale.
+
+    Beside weights of 8 bits they are float16. Beside 4 bits, where they weigh twice as much, they are 1 to 255 times
+    the row's unit, a power of two (`row_units` where none are given): half the bytes, and within 0.4% where a block's
+    scale is half the row's largest or more. Compare double quantization (Dettmers et al. 2023, arXiv:2305.14314).
+    """
+    if scheme.bits == 8:
+        return _as_half(scale)
+    units = row_units(scale) if units is None else units
+    return _parts(scale, units) * units
+
+
+def _as_half(scale: FloatArray) -> FloatArray:
     return np.maximum(scale.astype(np.float16).astype(np.float32), _TINY)
+
+
+def row_units(scale: FloatArray) -> FloatArray:
+    """Per row the smallest power of two of which its largest scale is at most 255 times, [N, 1]."""
+    fraction, exponent = np.frexp(scale.max(1, keepdims=True) / np.float32(TOP_PART))
+    return np.maximum(np.ldexp(np.float32(1), exponent - (fraction == 0.5)), _SMALLEST_UNIT)
+
+
+def _parts(scale: FloatArray, units: FloatArray) -> FloatArray:
+    return np.clip(np.rint(scale / units), 1, TOP_PART)
 
 
 def _error(

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from gptedge.errors import UnsupportedModelError
 from gptedge.graph_io import INPUT_IDS, LOGITS, POSITION_IDS
 from gptedge.quantize.recipes import Scheme
-from gptedge.quantize.rounding import Blocks, dequantize, unpack
+from gptedge.quantize.rounding import ROLES, TOP_PART, Blocks, dequantize, unpack
 from gptedge.quantize.walk import Read
 from gptedge.train.model import attend
 
@@ -33,29 +33,33 @@ _NORMS = {  # where a norm's gain stands among its inputs
 }
 _QUANTIZED = {"MatMulNBits": 1, "GatherBlockQuantized": 0}
 """Which input holds the integers."""
-_TINY = float(np.finfo(np.float16).tiny)
 
 
 class Matrix(nn.Module):
     """A 4-bit weight [N, K] that learns: integers, straight through, and scales; zero points stay.
 
     `latent` [N, blocks, block_size] is in steps of the grid and is rounded to integers; `change` [N, blocks, 1] is by
-    what part of it a scale has moved, so that one learning rate suits all blocks. Scales are rounded to float16.
+    what part of it a scale has moved, so that one learning rate suits all blocks. Scales are rounded to parts of their
+    rows' units, which stay.
     """
 
     def __init__(self, blocks: Blocks, scheme: Scheme, width: int) -> None:
         super().__init__()
         integers = unpack(blocks.packed, scheme.bits).astype(np.float32)
         assert blocks.zero_points is not None
+        assert blocks.units is not None
         zero = unpack(blocks.zero_points, scheme.bits)[:, : integers.shape[1]].astype(np.float32)
         self.scheme, self.width, self.top = scheme, width, 2**scheme.bits - 1
         self.latent = nn.Parameter(torch.from_numpy(integers))
-        self.first_scale = torch.from_numpy(blocks.scales.astype(np.float32))[..., None]
+        self.first_scale = torch.from_numpy(blocks.float_scales())[..., None]
+        self.units = torch.from_numpy(blocks.units.astype(np.float32))[..., None]
         self.change = nn.Parameter(torch.zeros_like(self.first_scale))
         self.zero = torch.from_numpy(zero)[..., None]
 
     def scale(self) -> Tensor:
-        return (self.first_scale * (1 + self.change)).clamp(min=_TINY)
+        scale = self.first_scale * (1 + self.change)
+        rounded: Tensor = _Parts.apply(scale, self.units)  # type: ignore[no-untyped-call]
+        return rounded
 
     def forward(self) -> Tensor:
         weight: Tensor = _Grid.apply(self.latent, self.scale(), self.zero, self.top)  # type: ignore[no-untyped-call]
@@ -80,11 +84,22 @@ class Gain(nn.Module):
         return self.first * (1 + self.part)
 
 
+class _Parts(torch.autograd.Function):
+    """Scales as `rounding.storable` gives them, straight through."""
+
+    @staticmethod
+    def forward(ctx: Any, scale: Tensor, units: Tensor) -> Tensor:
+        return (scale / units).round_().clamp_(1, TOP_PART).mul_(units)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
 class _Grid(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, latent: Tensor, scale: Tensor, zero: Tensor, top: int) -> Tensor:
         steps = latent.round().clamp_(0, top).sub_(zero)
-        scale = scale.half().float()
         ctx.save_for_backward(steps, scale)
         return (steps * scale).view(len(latent), -1)
 
@@ -161,10 +176,9 @@ class TorchGraph(nn.Module):
     def _load_quantized(self, node: NodeProto) -> None:
         packed = node.input[_QUANTIZED[node.op_type]]
         weight, a = packed.removesuffix(".packed"), _attributes(node)
-        zero_points = self._array(f"{weight}.zero_points") if f"{weight}.zero_points" in self._initializers else None
-        blocks = Blocks(self._array(packed), self._array(f"{weight}.scales"), zero_points)
-        scheme = Scheme(bits=a["bits"], block_size=a["block_size"], symmetric=zero_points is None, steps=1)
-        if scheme.bits == 4 and zero_points is not None:
+        blocks = Blocks(**{role: self._array(f"{weight}.{role}") for role in ROLES})
+        scheme = Scheme(bits=a["bits"], block_size=a["block_size"], symmetric=blocks.zero_points is None, steps=1)
+        if scheme.bits == 4 and not scheme.symmetric:
             self.matrices[_key(packed)] = Matrix(blocks, scheme, a["K"])
         elif packed not in self._fixed:  # a table that is looked up and is the head too
             width = blocks.scales.shape[1] * scheme.block_size
@@ -180,7 +194,8 @@ class TorchGraph(nn.Module):
             self._nodes = [n for n in self._nodes if n.output[0] not in self._fixed]
 
     def _array(self, name: str) -> Any:
-        return np.array(self._read(self._initializers[name]))
+        """None without such an initializer."""
+        return np.array(self._read(self._initializers[name])) if name in self._initializers else None
 
 
 def _key(name: str) -> str:

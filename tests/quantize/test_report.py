@@ -51,6 +51,8 @@ def plain_weight(graph: onnx.GraphProto, name: str, bits: int, width: int) -> np
     """Written out from the description of MatMulNBits, with none of the code that is tested."""
     arrays = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
     packed, scales = arrays[f"{name}.packed"], arrays[f"{name}.scales"].astype(np.float64)
+    if f"{name}.units" in arrays:
+        scales *= arrays[f"{name}.units"].astype(np.float64)
     rows, blocks = scales.shape
     values = np.zeros((rows, blocks, packed.shape[2] * 8 // bits))
     for i in range(values.shape[2]):

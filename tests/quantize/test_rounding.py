@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from gptedge.quantize.recipes import Scheme
-from gptedge.quantize.rounding import Blocks, dequantize, pack, quantize_rows, unpack
+from gptedge.quantize.rounding import Blocks, as_blocks, dequantize, pack, quantize_rows, row_units, storable, unpack
 
 SCHEMES = {
     "4-bit": Scheme(bits=4, block_size=32, symmetric=False, steps=6),
@@ -30,7 +31,7 @@ def product(x: np.ndarray, blocks: Blocks, scheme: Scheme, width: int) -> np.nda
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"
     import onnxruntime
 
-    arrays = {"packed": blocks.packed, "scales": blocks.scales.astype(np.float32)}
+    arrays = {"packed": blocks.packed, "scales": blocks.float_scales()}
     if blocks.zero_points is not None:
         arrays["zero_points"] = blocks.zero_points
     node = helper.make_node(
@@ -66,8 +67,8 @@ def test_error_is_within_half_a_step(name: str) -> None:
     w = matrix(16, 128)
     plain = Scheme(bits=scheme.bits, block_size=scheme.block_size, symmetric=scheme.symmetric, steps=1)
     blocks = quantize_rows(w, plain)
-    step = np.repeat(blocks.scales.astype(np.float32), scheme.block_size, 1)
-    # The zero point is an integer and the scale a float16, so the ends of the range may lie up to a step outside.
+    step = np.repeat(blocks.float_scales(), scheme.block_size, 1)
+    # The zero point is an integer and the scale has few digits, so the ends of the range may lie up to a step outside.
     assert np.all(np.abs(dequantize(blocks, plain, 128) - w) <= step * 1.01)
     assert np.mean(np.abs(dequantize(blocks, plain, 128) - w) <= step * 0.51) > 0.95
 
@@ -99,11 +100,34 @@ def test_weights_on_a_grid_stay_on_it(name: str, width: int) -> None:
     scheme, rng = SCHEMES[name], np.random.default_rng(3)
     first = quantize_rows(matrix(64, width), scheme)
     narrow = rng.integers(5, 9, first.packed.shape) if scheme.bits == 8 else 17 * rng.integers(5, 9, first.packed.shape)
-    for blocks in (first, Blocks(narrow.astype(np.uint8), first.scales, first.zero_points)):
+    for blocks in (first, dataclasses.replace(first, packed=narrow.astype(np.uint8))):
         values = dequantize(blocks, scheme, width)
         importance = rng.uniform(0.1, 10, width).astype(np.float32)
         again = dequantize(quantize_rows(values, scheme, importance), scheme, width)
         np.testing.assert_array_equal(again, values)
+
+
+def test_scales_beside_4_bits_are_a_byte_each() -> None:
+    scale = np.exp2(np.random.default_rng(0).uniform(-1, 0, (64, 20)) - np.arange(64)[:, None] % 13).astype(np.float32)
+    scheme = SCHEMES["4-bit"]
+    stored = storable(scale, scheme)
+    np.testing.assert_allclose(stored, scale, rtol=0.5 / 64)  # parts from 64 on, where all are within a factor of two
+    np.testing.assert_array_equal(storable(stored, scheme), stored)
+    blocks = as_blocks(np.zeros((64, 20 * scheme.block_size), np.float32), stored, np.full_like(stored, 8), scheme)
+    np.testing.assert_array_equal(blocks.float_scales(), stored)
+    assert blocks.units is not None
+    assert (blocks.scales.nbytes, blocks.units.nbytes) == (64 * 20, 64 * 2)
+    assert set(np.frexp(blocks.units)[0].ravel()) == {0.5}, "products with powers of two are exact"
+
+
+@pytest.mark.parametrize("largest", [255.0, 254.9, 256.0, 2**-20, 1e-9, 0.0])
+def test_the_largest_scale_fits_its_unit(largest: float) -> None:
+    scale = np.array([[largest, largest / 300, 0]], np.float32)
+    units = row_units(scale)
+    parts = np.rint(scale / units)
+    assert parts.max() <= 255
+    assert parts[0, 0] >= 127 or units[0, 0] == 2**-24 or largest == 0
+    assert (storable(scale, SCHEMES["4-bit"]) > 0).all()
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-8, -3.0, 6e4])

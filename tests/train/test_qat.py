@@ -17,7 +17,7 @@ from gptedge.onnx_file import load_graph, read_initializer
 from gptedge.quantize.passes import find_targets
 from gptedge.quantize.quantizer import quantize
 from gptedge.quantize.recipes import RECIPES
-from gptedge.quantize.rounding import Blocks, dequantize
+from gptedge.quantize.rounding import ROLES, Blocks, dequantize
 from gptedge.train.model import GPT
 from gptedge.train.qat import fake_quantize, refresh, rounded_weights
 from gptedge.train.settings import QAT_RECIPES
@@ -55,7 +55,7 @@ def bundle_weights(source: Path, bundle: Path, recipe: str) -> dict[str, np.ndar
 
     found = {}
     for target in find_targets(load_graph(source / GRAPH), RECIPES[recipe]):
-        blocks = Blocks(*(part(f"{target.weight}.{role}") for role in ("packed", "scales", "zero_points")))
+        blocks = Blocks(**{role: part(f"{target.weight}.{role}") for role in ROLES})
         found[target.weight] = dequantize(blocks, target.scheme, target.width)
     return found
 
