@@ -13,6 +13,7 @@ best maps X to the outputs that W gave for X0 is W + W (X0 - X)'X inv(H): it mak
 from __future__ import annotations
 
 from concurrent.futures import Executor
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -37,7 +38,7 @@ def quantize_calibrated(weight: FloatArray, h: FloatArray, cross: FloatArray, sc
     weight = compensated(weight, h, cross)
     # The square root: between the error of a column alone, and one that later columns make up for entirely.
     scale, zero = search_scales(weight, scheme, np.sqrt(np.diag(h)), pool)
-    integers = round_columns(weight, h, scale, zero, scheme)
+    integers = round_columns(weight, Order.of(h), scale, zero, scheme)
     for i in range(DESCENTS):
         if i:
             scale = storable(fit_scales(weight, h, integers, scale, zero, scheme), scheme)
@@ -58,10 +59,26 @@ def compensated(weight: FloatArray, h: FloatArray, cross: FloatArray) -> FloatAr
     return weight + weight @ shift.astype(np.float32)
 
 
-def round_columns(weight: FloatArray, h: FloatArray, scale: FloatArray, zero: FloatArray, scheme: Scheme) -> FloatArray:
+@dataclass(frozen=True)
+class Order:
+    """In which columns are rounded, and what each one's error asks of those to come."""
+
+    columns: npt.NDArray[np.intp]
+    upper: FloatArray
+    """Triangular U [K, K] with U'U = inv(H), both in this order."""
+
+    @classmethod
+    def of(cls, h: FloatArray) -> Order:
+        """`h` is damped."""
+        columns = np.argsort(-np.diag(h), kind="stable")
+        inverse = np.linalg.inv(h[np.ix_(columns, columns)].astype(np.float64))
+        upper = np.linalg.cholesky((inverse + inverse.T) / 2).T
+        return cls(columns, np.ascontiguousarray(upper).astype(np.float32))
+
+
+def round_columns(weight: FloatArray, given: Order, scale: FloatArray, zero: FloatArray, scheme: Scheme) -> FloatArray:
     """GPTQ. Scales and zero points are [N, blocks]; the integers are returned as float32 [N, K]."""
-    order = np.argsort(-np.diag(h), kind="stable")
-    upper = _inverse_factor(h[np.ix_(order, order)])
+    order, upper = given.columns, given.upper
     columns = np.ascontiguousarray(weight.T[order])  # [K, N]: a column is contiguous
     scales, zeros = (np.ascontiguousarray(a.T)[order // scheme.block_size] for a in (scale, zero))
     integers = np.empty_like(columns)
@@ -78,12 +95,6 @@ def round_columns(weight: FloatArray, h: FloatArray, scale: FloatArray, zero: Fl
     result = np.empty_like(integers)
     result[order] = integers
     return np.ascontiguousarray(result.T)
-
-
-def _inverse_factor(h: FloatArray) -> FloatArray:
-    """Upper triangular U with U'U = inv(H)."""
-    inverse = np.linalg.inv(h.astype(np.float64))
-    return np.ascontiguousarray(np.linalg.cholesky((inverse + inverse.T) / 2).T).astype(np.float32)
 
 
 def descend(

@@ -2,8 +2,9 @@
 
 What rounding a group of weights costs is measured, not guessed: the divergence of the model's predictions when one
 layer, one kind of weight, or the table is at 4 bits and all else is float. Divergences of independent roundings add,
-and grow with the squared error, so a weight's cost under any scheme is its layer's share times its kind's share, times
-the scheme's own error over the probe's. Then bytes are spent where they save most divergence each.
+and grow with the squared error of a product's outputs, so a weight's cost under any scheme is its layer's share times
+its kind's share, times the scheme's own error over the probe's: measured too, on some rows that are rounded as the
+scheme would round all of them. Then bytes are spent where they save most divergence each.
 """
 
 from __future__ import annotations
@@ -20,18 +21,19 @@ from onnx import TensorProto
 
 from gptedge.evaluate.divergence import log_softmax
 from gptedge.progress import Report
+from gptedge.quantize.gptq import Order, damped, round_columns
 from gptedge.quantize.passes import Target, plain_name
 from gptedge.quantize.recipes import Group, Recipe, Scheme
-from gptedge.quantize.rounding import dequantize, quantize_matrix
+from gptedge.quantize.rounding import as_blocks, dequantize, quantize_matrix, search_scales
 from gptedge.quantize.walk import Read, Walk
 
 FloatArray = npt.NDArray[np.float32]
 
 WINDOWS, WINDOW = 4, 128
 """Text that costs are measured on; the second half of each window is scored."""
-GPTQ_GAIN = 0.3
-"""Divergence that calibrated rounding leaves, of what plain rounding costs."""
-_ROWS = 256  # of a weight, whose errors stand for all of it
+ERROR_WINDOWS = 8
+"""Whole windows of the text, from which a weight's own errors are found: its inputs' moments need more tokens."""
+_ROWS = 128  # of a weight, whose errors stand for all of it
 _PROBE_STEPS = 4
 
 
@@ -110,14 +112,14 @@ def plan(
 ) -> Recipe:
     """A group for each of `targets`, so that all of them together take at most `budget` bytes, which
     are `smallest` or more."""
-    windows = windows[:WINDOWS, :WINDOW]
-    probe = _Probe(model, read, targets, windows, threads, pool)
+    errors = _Errors(model, read, targets, windows[:ERROR_WINDOWS], threads, pool, report)
+    probe = _Probe(model, read, targets, windows[:WINDOWS, :WINDOW], errors.importance, threads, pool)
     units = _units(targets)
     costs: dict[str, float] = {}
     for i, (unit, members) in enumerate(units.items()):
         costs[unit] = probe.divergence(members)
         report(i + 1, len(units), "measuring what 4 bits cost")
-    choices = {t.weight: probe.choices(t, _cost(t, targets, costs)) for t in targets}
+    choices = {t.weight: errors.choices(t, _cost(t, targets, costs)) for t in targets}
     chosen = allocate(choices, budget)
     return Recipe("bits and blocks chosen for a size", tuple(_group(t, chosen[t.weight].scheme) for t in targets))
 
@@ -157,8 +159,8 @@ def _cost(target: Target, targets: Iterable[Target], costs: Mapping[str, float])
     return costs[layer] * costs[kind] / max(sum(costs[k] for k in kinds), 1e-12)
 
 
-class _Probe:
-    """Runs the float graph over a short text with some weights rounded."""
+class _Errors:
+    """What rounding a weight changes of its product's outputs on a text, under every scheme that it could have."""
 
     def __init__(
         self,
@@ -168,14 +170,72 @@ class _Probe:
         windows: npt.NDArray[np.int64],
         threads: int,
         pool: Executor,
+        report: Report,
+    ) -> None:
+        self._pool = pool
+        self._squares: dict[str, dict[Scheme, float]] = {}
+        self._probes: dict[str, float] = {}
+        self.importance: dict[str, FloatArray] = {}
+        """Mean square of each of a weight's inputs, [K]."""
+        initializers = {t.name: t for t in model.graph.initializer}
+        by_product = {p: t for t in targets for p in t.products}
+        products = [node.name for node in model.graph.node if node.name in by_product]
+        walk = Walk(model, read, windows, threads=threads)
+        for i, product in enumerate(products):
+            target = by_product[product]
+            h = np.sum([x.T @ x for x in walk.inputs_of(product)], 0) / np.float32(windows.size)
+            self.importance[target.weight] = np.diag(h).copy()
+            rows = read(initializers[target.weight])
+            self._measure(target, np.asarray(rows[:: max(1, len(rows) // _ROWS)], np.float32), damped(h))
+            report(i + 1, len(products), "measuring what schemes change")
+
+    def choices(self, target: Target, cost: float) -> list[Choice]:
+        """Every scheme for a weight; `cost` is the divergence that the probe's costs."""
+        probe = max(self._probes[target.weight], 1e-30)
+        return [Choice(s, _size(target, s), cost * e / probe) for s, e in self._squares[target.weight].items()]
+
+    def _measure(self, target: Target, rows: FloatArray, h: FloatArray) -> None:
+        order = Order.of(h)
+
+        def square(made: FloatArray) -> float:
+            return float(np.vdot((rows - made) @ h, rows - made))
+
+        def plain(scheme: Scheme) -> float:
+            importance = self.importance[target.weight]
+            return square(dequantize(quantize_matrix(rows, scheme, importance, self._pool), scheme, target.width))
+
+        def calibrated(scheme: Scheme) -> float:
+            scale, zero = search_scales(rows, scheme, np.sqrt(np.diag(h)), self._pool)
+            integers = round_columns(rows, order, scale, zero, scheme)
+            return square(dequantize(as_blocks(integers, scale, zero, scheme), scheme, target.width))
+
+        self._probes[target.weight] = plain(_quick(_candidates(target)[0]))
+        self._squares[target.weight] = {
+            scheme: (calibrated if _group(target, scheme).method == "gptq" else plain)(_quick(scheme))
+            for scheme in _candidates(target)
+        }
+
+
+class _Probe:
+    """Runs the float graph over a short text with some weights rounded."""
+
+    def __init__(
+        self,
+        model: onnx.ModelProto,
+        read: Read,
+        targets: Sequence[Target],
+        windows: npt.NDArray[np.int64],
+        importance: Mapping[str, FloatArray],
+        threads: int,
+        pool: Executor,
     ) -> None:
         self._model, self._read, self._windows, self._threads, self._pool = model, read, windows, threads, pool
         self._initializers = {t.name: t for t in model.graph.initializer}
+        self._importance = importance
         by_product = {p: t for t in targets for p in t.products}
-        self._products = [node.name for node in model.graph.node if node.name in by_product]
-        self._head = by_product[self._products[-1]]
-        self._importance: dict[str, FloatArray] = {}
-        self._expected = self._log_probabilities(read, measured=by_product)
+        self._last = next(node.name for node in reversed(model.graph.node) if node.name in by_product)
+        self._head = by_product[self._last]
+        self._expected = self._log_probabilities(read)
 
     def divergence(self, rounded: Iterable[Target]) -> float:
         """Mean Kullback-Leibler divergence, in nats a token, when these weights are rounded at 4 bits."""
@@ -183,49 +243,27 @@ class _Probe:
 
         def read(tensor: TensorProto) -> npt.NDArray[np.generic]:
             target = names.get(tensor.name)
-            return self._read(tensor) if target is None else self._rounded(target, _candidates(target)[0])
+            return self._read(tensor) if target is None else self._rounded(target, _quick(_candidates(target)[0]))
 
         got = self._log_probabilities(read)
         return float((np.exp(self._expected) * (self._expected - got)).sum(-1).mean())
 
-    def choices(self, target: Target, cost: float) -> list[Choice]:
-        """Every scheme for a weight; `cost` is the divergence that the first costs."""
-        schemes = _candidates(target)
-        probe = max(self._error(target, schemes[0]), 1e-30)
-        made = []
-        for scheme in schemes:
-            gain = GPTQ_GAIN if _group(target, scheme).method == "gptq" else 1
-            made.append(Choice(scheme, _size(target, scheme), cost * gain * self._error(target, scheme) / probe))
-        return made
-
-    def _error(self, target: Target, scheme: Scheme) -> float:
-        """Squared error of some rows, each column weighed by the size of its input."""
-        rows = self._read(self._initializers[target.weight])
-        rows = np.asarray(rows[:: max(1, len(rows) // _ROWS)], np.float32)
-        importance = self._importance.get(target.weight, np.ones(target.width, np.float32))
-        quick = replace(scheme, steps=min(scheme.steps, _PROBE_STEPS))
-        blocks = quantize_matrix(rows, quick, importance, self._pool)
-        return float((np.square(rows - dequantize(blocks, quick, target.width)) * importance).sum())
-
     def _rounded(self, target: Target, scheme: Scheme) -> npt.NDArray[np.generic]:
         rows = self._read(self._initializers[target.weight])
-        quick = replace(scheme, steps=_PROBE_STEPS)
-        importance = self._importance.get(target.weight)
-        blocks = quantize_matrix(rows, quick, None if target.lookups else importance, self._pool)
-        return dequantize(blocks, quick, target.width).astype(rows.dtype)
+        importance = None if target.lookups else self._importance.get(target.weight)
+        blocks = quantize_matrix(rows, scheme, importance, self._pool)
+        return dequantize(blocks, scheme, target.width).astype(rows.dtype)
 
-    def _log_probabilities(self, read: Read, *, measured: Mapping[str, Target] | None = None) -> FloatArray:
+    def _log_probabilities(self, read: Read) -> FloatArray:
         """[positions, vocab_size] of the second half of each window. The head's soft cap, if any, is left out."""
         walk = Walk(self._model, read, self._windows, threads=self._threads)
-        batches: list[FloatArray] = []
-        for product in self._products if measured else self._products[-1:]:
-            batches = walk.inputs_of(product)
-            if measured:
-                squares = [np.square(x).sum(0) for x in batches]
-                self._importance[measured[product].weight] = np.sum(squares, 0) / self._windows.size
-        hidden = np.concatenate(batches).reshape(len(self._windows), -1, self._head.width)
+        hidden = np.concatenate(walk.inputs_of(self._last)).reshape(len(self._windows), -1, self._head.width)
         rows = hidden[:, hidden.shape[1] // 2 :].reshape(-1, self._head.width)
         return log_softmax(rows @ np.asarray(read(self._initializers[self._head.weight]), np.float32).T)
+
+
+def _quick(scheme: Scheme) -> Scheme:
+    return replace(scheme, steps=min(scheme.steps, _PROBE_STEPS))
 
 
 def _candidates(target: Target) -> tuple[Scheme, ...]:

@@ -126,8 +126,8 @@ RECIPES: Mapping[str, Recipe] = {
         (*_SMOOTH_TABLES, _ATTENDED, _CALIBRATED),
     ),
     "int4-distill": Recipe(
-        "int4 in smaller blocks and from more text, each token weighed by what hangs on it, then trained on what the float "
-        "model answers; needs torch, and an hour",
+        "int4 in smaller blocks and from more text, each token weighed by what hangs on it, then trained on what the "
+        "float model answers; needs torch, and an hour",
         (
             *_SMOOTH_TABLES,
             dataclasses.replace(_CALIBRATED, match="*.mlp.down.*"),  # where larger blocks cost least for their bytes

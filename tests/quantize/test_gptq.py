@@ -54,7 +54,7 @@ def test_every_step_lowers_the_error(weight: np.ndarray, inputs: np.ndarray, sch
         difference = weight - (integers - zeros) * scales
         return float(((difference @ h) * difference).sum())
 
-    rounded = gptq.round_columns(weight, h, scale, zero, scheme)
+    rounded = gptq.round_columns(weight, gptq.Order.of(h), scale, zero, scheme)
     descended = gptq.descend(weight, h, rounded, scale, zero, scheme)
     fitted = gptq.fit_scales(weight, h, descended, scale, zero, scheme)
     errors = [error(rounded, scale), error(descended, scale), error(descended, fitted)]
@@ -68,7 +68,7 @@ def test_columns_that_have_nothing_in_common_are_rounded_to_nearest(weight: np.n
     scheme, h = SCHEMES[0], np.eye(K, dtype=np.float32)
     with ThreadPoolExecutor(2) as pool:
         scale, zero = search_scales(weight, scheme, np.ones(K, np.float32), pool)
-    integers = gptq.round_columns(weight, h, scale, zero, scheme)
+    integers = gptq.round_columns(weight, gptq.Order.of(h), scale, zero, scheme)
     wide = (np.repeat(a, scheme.block_size, 1)[:, :K] for a in (scale, zero))
     scales, zeros = wide
     np.testing.assert_array_equal(integers, np.clip(np.rint(weight / scales) + zeros, 0, 15))
