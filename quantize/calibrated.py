@@ -50,7 +50,8 @@ class Calibrator:
     def quantize(self, target: Target, rows: npt.NDArray[Any]) -> Blocks:
         """Quantize `rows` [N, K]. Raises DataError when activations that reach it are not finite."""
         node = next(name for name in self._nodes if name in target.products)
-        h, cross = self._moments(node, target.width, self._weights_of(node, target))
+        weights = weights_of(target, self._token_weights.get(node), self._shape)
+        h, cross = self._moments(node, target.width, weights)
         weight = np.asarray(rows, np.float32)
         blocks = quantize_calibrated(weight, h, cross, target.scheme, self._pool)
         change = weight - dequantize(blocks, target.scheme, target.width)
@@ -65,12 +66,6 @@ class Calibrator:
         for node, nodes in replacements(target, {role: t.name for role, t in made.items()}, self._nodes).items():
             self._quantized.replace(node, nodes, initializers)
 
-    def _weights_of(self, node: str, target: Target) -> FloatArray:
-        """How much each token of the windows counts, [tokens, 1]."""
-        weights = np.array(self._token_weights.get(node, np.ones(self._shape, np.float32)))
-        weights[:, 0] *= target.group.first_token
-        return weights.reshape(-1, 1)
-
     def _moments(self, node: str, width: int, weights: FloatArray) -> tuple[FloatArray, FloatArray]:
         """X'X and (X0 - X)'X of the quantized and the float inputs X and X0, tokens weighed, [width, width]."""
         h, cross = np.zeros((width, width), np.float32), np.zeros((width, width), np.float32)
@@ -83,6 +78,13 @@ class Calibrator:
         if not (np.isfinite(h).all() and np.isfinite(cross).all()):
             raise DataError(f"the activations that reach {node} are not finite on the calibration text")
         return h, cross
+
+
+def weights_of(target: Target, token_weights: FloatArray | None, shape: tuple[int, ...]) -> FloatArray:
+    """How much each token of windows [n_windows, T] counts for a weight, [tokens, 1]."""
+    weights = np.ones(shape, np.float32) if token_weights is None else token_weights[: shape[0]].copy()
+    weights[:, 0] *= target.group.first_token
+    return weights.reshape(-1, 1)
 
 
 def _energy(weight: FloatArray, h: FloatArray) -> float:

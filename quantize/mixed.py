@@ -21,10 +21,11 @@ from onnx import TensorProto
 
 from gptedge.evaluate.divergence import log_softmax
 from gptedge.progress import Report
+from gptedge.quantize.calibrated import weights_of
 from gptedge.quantize.gptq import Order, damped, round_columns
 from gptedge.quantize.passes import Target, plain_name
 from gptedge.quantize.recipes import Group, Recipe, Scheme
-from gptedge.quantize.rounding import as_blocks, dequantize, quantize_matrix, search_scales
+from gptedge.quantize.rounding import Blocks, as_blocks, dequantize, quantize_matrix, search_scales
 from gptedge.quantize.walk import Read, Walk
 
 FloatArray = npt.NDArray[np.float32]
@@ -33,7 +34,8 @@ WINDOWS, WINDOW = 4, 128
 """Text that costs are measured on; the second half of each window is scored."""
 ERROR_WINDOWS = 8
 """Whole windows of the text, from which a weight's own errors are found: its inputs' moments need more tokens."""
-_ROWS = 128  # of a weight, whose errors stand for all of it
+_ROWS = 64  # of a weight, whose errors stand for all of it
+_EVERY = 7  # token of the text, whose rounding stands for that of all; windows are no multiple of it
 _PROBE_STEPS = 4
 
 
@@ -112,20 +114,21 @@ def plan(
 ) -> Recipe:
     """A group for each of `targets`, so that all of them together take at most `budget` bytes, which
     are `smallest` or more."""
-    errors = _Errors(model, read, targets, windows[:ERROR_WINDOWS], threads, pool, report)
-    probe = _Probe(model, read, targets, windows[:WINDOWS, :WINDOW], errors.importance, threads, pool)
+    windows_of_errors, windows_of_costs = windows[:ERROR_WINDOWS], windows[:WINDOWS, :WINDOW]
+    roundings = Roundings(model, read, targets, windows_of_errors, threads, pool, report)
+    probe = _Probe(model, read, targets, windows_of_costs, roundings.probes, threads)
     units = _units(targets)
     costs: dict[str, float] = {}
     for i, (unit, members) in enumerate(units.items()):
         costs[unit] = probe.divergence(members)
         report(i + 1, len(units), "measuring what 4 bits cost")
-    choices = {t.weight: errors.choices(t, _cost(t, targets, costs)) for t in targets}
+    choices = {t.weight: roundings.choices(t, _cost(t, targets, costs)) for t in targets}
     chosen = allocate(choices, budget)
     return Recipe("bits and blocks chosen for a size", tuple(_group(t, chosen[t.weight].scheme) for t in targets))
 
 
 def _group(target: Target, scheme: Scheme) -> Group:
-    method = "gptq" if scheme.bits == 4 and not target.lookups else "rtn"
+    method = "rtn" if target.lookups else "gptq"  # of 8 bits too: it makes up for what earlier weights lost
     return replace(target.group, match=_name(target), scheme=scheme, method=method, smooth=scheme.bits == 8)
 
 
@@ -159,8 +162,8 @@ def _cost(target: Target, targets: Iterable[Target], costs: Mapping[str, float])
     return costs[layer] * costs[kind] / max(sum(costs[k] for k in kinds), 1e-12)
 
 
-class _Errors:
-    """What rounding a weight changes of its product's outputs on a text, under every scheme that it could have."""
+class Roundings:
+    """Every weight at 4 bits, and what its product's outputs lose on a text under every scheme that it could have."""
 
     def __init__(
         self,
@@ -173,47 +176,53 @@ class _Errors:
         report: Report,
     ) -> None:
         self._pool = pool
-        self._squares: dict[str, dict[Scheme, float]] = {}
-        self._probes: dict[str, float] = {}
-        self.importance: dict[str, FloatArray] = {}
-        """Mean square of each of a weight's inputs, [K]."""
+        self._errors: dict[str, dict[Scheme, float]] = {}
+        self._activations: dict[str, dict[int, float]] = {}
+        self.probes: dict[str, Blocks] = {}
+        """Each weight under the first of its schemes."""
         initializers = {t.name: t for t in model.graph.initializer}
         by_product = {p: t for t in targets for p in t.products}
         products = [node.name for node in model.graph.node if node.name in by_product]
         walk = Walk(model, read, windows, threads=threads)
         for i, product in enumerate(products):
             target = by_product[product]
-            h = np.sum([x.T @ x for x in walk.inputs_of(product)], 0) / np.float32(windows.size)
-            self.importance[target.weight] = np.diag(h).copy()
-            rows = read(initializers[target.weight])
-            self._measure(target, np.asarray(rows[:: max(1, len(rows) // _ROWS)], np.float32), damped(h))
-            report(i + 1, len(products), "measuring what schemes change")
+            weights = weights_of(target, None, windows.shape)
+            inputs = np.concatenate(walk.inputs_of(product)) * np.sqrt(weights / weights.sum())
+            self._measure(target, np.asarray(read(initializers[target.weight]), np.float32), inputs)
+            report(i + 1, len(products), "measuring what each scheme changes")
 
     def choices(self, target: Target, cost: float) -> list[Choice]:
-        """Every scheme for a weight; `cost` is the divergence that the probe's costs."""
-        probe = max(self._probes[target.weight], 1e-30)
-        return [Choice(s, _size(target, s), cost * e / probe) for s, e in self._squares[target.weight].items()]
+        """Every scheme for a weight; `cost` is the divergence that the first costs."""
+        errors = self._errors[target.weight]
+        first = max(errors[_candidates(target)[0]], 1e-30)
+        activations = self._activations[target.weight]
+        return [
+            Choice(scheme, _size(target, scheme), cost * (error + activations[scheme.block_size]) / first)
+            for scheme, error in errors.items()
+        ]
 
-    def _measure(self, target: Target, rows: FloatArray, h: FloatArray) -> None:
-        order = Order.of(h)
+    def _measure(self, target: Target, weight: FloatArray, inputs: FloatArray) -> None:
+        """`inputs` X [tokens, K] are weighed, so that X'X is the mean over tokens."""
+        h = damped(inputs.T @ inputs)
+        order, root = Order.of(h), np.sqrt(np.diag(h))
 
-        def square(made: FloatArray) -> float:
-            return float(np.vdot((rows - made) @ h, rows - made))
+        def rounded(rows: FloatArray, scheme: Scheme) -> Blocks:
+            if _group(target, scheme).method == "rtn":
+                return quantize_matrix(rows, scheme, None if target.lookups else np.diag(h), self._pool)
+            scale, zero = search_scales(rows, scheme, root, self._pool)
+            return as_blocks(round_columns(rows, order, scale, zero, scheme), scale, zero, scheme)
 
-        def plain(scheme: Scheme) -> float:
-            importance = self.importance[target.weight]
-            return square(dequantize(quantize_matrix(rows, scheme, importance, self._pool), scheme, target.width))
+        def error(rows: FloatArray, scheme: Scheme) -> float:
+            difference = rows - dequantize(rounded(rows, scheme), scheme, target.width)
+            return float(np.vdot(difference @ h, difference))
 
-        def calibrated(scheme: Scheme) -> float:
-            scale, zero = search_scales(rows, scheme, np.sqrt(np.diag(h)), self._pool)
-            integers = round_columns(rows, order, scale, zero, scheme)
-            return square(dequantize(as_blocks(integers, scale, zero, scheme), scheme, target.width))
-
-        self._probes[target.weight] = plain(_quick(_candidates(target)[0]))
-        self._squares[target.weight] = {
-            scheme: (calibrated if _group(target, scheme).method == "gptq" else plain)(_quick(scheme))
-            for scheme in _candidates(target)
-        }
+        schemes = [_quick(s) for s in _candidates(target)]
+        rows = weight[:: max(1, len(weight) // _ROWS)]
+        some = inputs[::_EVERY] * np.float32(_EVERY**0.5)
+        activations = {size: _rounding_of(some, rows, size) for size in {s.block_size for s in schemes}}
+        self.probes[target.weight] = rounded(weight, schemes[0])
+        self._errors[target.weight] = {s: error(rows, _quick(s)) for s in _candidates(target)}
+        self._activations[target.weight] = activations
 
 
 class _Probe:
@@ -225,34 +234,30 @@ class _Probe:
         read: Read,
         targets: Sequence[Target],
         windows: npt.NDArray[np.int64],
-        importance: Mapping[str, FloatArray],
+        rounded: Mapping[str, Blocks],
         threads: int,
-        pool: Executor,
     ) -> None:
-        self._model, self._read, self._windows, self._threads, self._pool = model, read, windows, threads, pool
+        self._model, self._read, self._windows, self._threads = model, read, windows, threads
         self._initializers = {t.name: t for t in model.graph.initializer}
-        self._importance = importance
+        self._rounded = rounded
         by_product = {p: t for t in targets for p in t.products}
         self._last = next(node.name for node in reversed(model.graph.node) if node.name in by_product)
         self._head = by_product[self._last]
         self._expected = self._log_probabilities(read)
 
     def divergence(self, rounded: Iterable[Target]) -> float:
-        """Mean Kullback-Leibler divergence, in nats a token, when these weights are rounded at 4 bits."""
+        """Mean Kullback-Leibler divergence, in nats a token, when these weights are at 4 bits."""
         names = {t.weight: t for t in rounded}
 
         def read(tensor: TensorProto) -> npt.NDArray[np.generic]:
-            target = names.get(tensor.name)
-            return self._read(tensor) if target is None else self._rounded(target, _quick(_candidates(target)[0]))
+            target, values = names.get(tensor.name), self._read(tensor)
+            if target is None:
+                return values
+            blocks = self._rounded[tensor.name]
+            return dequantize(blocks, _candidates(target)[0], target.width).astype(values.dtype)
 
         got = self._log_probabilities(read)
         return float((np.exp(self._expected) * (self._expected - got)).sum(-1).mean())
-
-    def _rounded(self, target: Target, scheme: Scheme) -> npt.NDArray[np.generic]:
-        rows = self._read(self._initializers[target.weight])
-        importance = None if target.lookups else self._importance.get(target.weight)
-        blocks = quantize_matrix(rows, scheme, importance, self._pool)
-        return dequantize(blocks, scheme, target.width).astype(rows.dtype)
 
     def _log_probabilities(self, read: Read) -> FloatArray:
         """[positions, vocab_size] of the second half of each window. The head's soft cap, if any, is left out."""
@@ -260,6 +265,15 @@ class _Probe:
         hidden = np.concatenate(walk.inputs_of(self._last)).reshape(len(self._windows), -1, self._head.width)
         rows = hidden[:, hidden.shape[1] // 2 :].reshape(-1, self._head.width)
         return log_softmax(rows @ np.asarray(read(self._initializers[self._head.weight]), np.float32).T)
+
+
+def _rounding_of(inputs: FloatArray, rows: FloatArray, block_size: int) -> float:
+    """Squared error of the outputs by what MatMulNBits does to its inputs: 8 bits, a scale for each block."""
+    n, k = inputs.shape
+    blocks = np.pad(inputs, ((0, 0), (0, -k % block_size))).reshape(n, -1, block_size)
+    scale = np.maximum(np.abs(blocks).max(-1, keepdims=True) / 127, np.finfo(np.float32).tiny)
+    difference = (blocks - np.rint(blocks / scale) * scale).reshape(n, -1)[:, :k]
+    return float(np.square(difference @ rows.T).sum())
 
 
 def _quick(scheme: Scheme) -> Scheme:

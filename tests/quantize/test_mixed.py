@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +13,12 @@ import pytest
 
 from gptedge.bundle import open_bundle
 from gptedge.errors import UsageError
-from gptedge.quantize.mixed import SCHEMES, Choice, allocate
+from gptedge.onnx_file import load_graph, read_initializer
+from gptedge.progress import silent
+from gptedge.quantize.mixed import SCHEMES, Choice, Roundings, allocate
+from gptedge.quantize.passes import find_targets
 from gptedge.quantize.quantizer import quantize
+from gptedge.quantize.recipes import RECIPES
 
 SMALL, MIDDLE, LARGE = SCHEMES[0], SCHEMES[1], SCHEMES[2]
 ROW = [Choice(SMALL, 100, 8.0), Choice(MIDDLE, 150, 5.0), Choice(LARGE, 200, 1.0)]
@@ -61,6 +67,20 @@ def test_a_bundle_keeps_to_its_target(tiny_bundle: Path, tmp_path: Path) -> None
         nodes = [n for n in graph.node if n.op_type == "MatMulNBits"]
         kinds[target] = Counter(tuple(a.i for a in n.attribute if a.name in ("bits", "block_size")) for n in nodes)
     assert kinds[0.24] != kinds[0.30]
+
+
+def test_costs_fall_with_bits_and_with_smaller_blocks(tiny_bundle: Path) -> None:
+    """As measured on the text; the first scheme costs what it was said to."""
+    model = load_graph(tiny_bundle / "model.onnx")
+    targets = [t for t in find_targets(model, RECIPES["mixed"]) if not t.lookups]
+    ids = np.random.default_rng(0).integers(0, 300, (2, 60))
+    read = partial(read_initializer, folder=tiny_bundle)
+    with ThreadPoolExecutor(1) as pool:
+        roundings = Roundings(model, read, targets, ids, {}, 1, pool, silent)
+    for target in targets:
+        cost = {(c.scheme.bits, c.scheme.block_size): c.cost for c in roundings.choices(target, 7.0)}
+        assert cost[4, 32] == pytest.approx(7.0)
+        assert cost[4, 128] >= cost[4, 64] >= cost[4, 32] > cost[4, 16] > 10 * cost[8, 64] > 0
 
 
 def test_a_target_that_cannot_be_reached(tiny_bundle: Path, tmp_path: Path) -> None:
