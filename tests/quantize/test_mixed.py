@@ -76,7 +76,7 @@ def test_costs_fall_with_bits_and_with_smaller_blocks(tiny_bundle: Path) -> None
     ids = np.random.default_rng(0).integers(0, 300, (2, 60))
     read = partial(read_initializer, folder=tiny_bundle)
     with ThreadPoolExecutor(1) as pool:
-        roundings = Roundings(model, read, targets, ids, {}, 1, pool, silent)
+        roundings = Roundings(model, read, targets, ids, 1, pool, silent)
     for target in targets:
         cost = {(c.scheme.bits, c.scheme.block_size): c.cost for c in roundings.choices(target, 7.0)}
         assert cost[4, 32] == pytest.approx(7.0)
