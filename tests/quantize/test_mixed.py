@@ -70,7 +70,7 @@ def test_a_bundle_keeps_to_its_target(tiny_bundle: Path, tmp_path: Path) -> None
 
 
 def test_costs_fall_with_bits_and_with_smaller_blocks(tiny_bundle: Path) -> None:
-    """As measured on the text; the first scheme costs what it was said to."""
+    """As measured on the text; the first scheme costs what it was said to, and what its activations lose."""
     model = load_graph(tiny_bundle / "model.onnx")
     targets = [t for t in find_targets(model, RECIPES["mixed"]) if not t.lookups]
     ids = np.random.default_rng(0).integers(0, 300, (2, 60))
@@ -79,7 +79,7 @@ def test_costs_fall_with_bits_and_with_smaller_blocks(tiny_bundle: Path) -> None
         roundings = Roundings(model, read, targets, ids, 1, pool, silent)
     for target in targets:
         cost = {(c.scheme.bits, c.scheme.block_size): c.cost for c in roundings.choices(target, 7.0)}
-        assert cost[4, 32] == pytest.approx(7.0)
+        assert 7 < cost[4, 32] < 7.5
         assert cost[4, 128] >= cost[4, 64] >= cost[4, 32] > cost[4, 16] > 10 * cost[8, 64] > 0
 
 
