@@ -61,7 +61,7 @@ def compensated(weight: FloatArray, h: FloatArray, cross: FloatArray) -> FloatAr
 
 @dataclass(frozen=True)
 class Order:
-    """In which columns are rounded, and what each one's error asks of those to come."""
+    """The order in which columns are rounded, and what each one's error asks of those to come."""
 
     columns: npt.NDArray[np.intp]
     upper: FloatArray

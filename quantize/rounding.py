@@ -168,19 +168,26 @@ def _take_grid(blocks: FloatArray, scale: FloatArray, zero: FloatArray, scheme: 
     """
     low, high = _ends(blocks)
     step = _grid_steps(blocks, scheme, _as_half)
-    if scheme.bits == 4:
-        units = row_units(_widest_step(low, high, scheme)) / 2
-        for _ in range(scheme.bits + 2):  # the widest block may use all of its range, or one step of it
-            whole = _grid_steps(blocks, scheme, partial(storable, scheme=scheme, units=units))
-            is_whole = ((whole > 0) == (high > low)).all(1, keepdims=True)
-            step = np.where(is_whole, whole, step)
-            units *= 2
     found = step > 0
     if not found.any():
         return
+    if scheme.bits == 4:
+        rows = np.nonzero((found == (high > low)).all(1))[0]
+        step[rows] = _in_one_unit(blocks[rows], step[rows], scheme)
     middle = np.float32(2 ** (scheme.bits - 1)) if scheme.symmetric else -low / np.where(found, step, 1)
     np.copyto(zero, middle, where=found)
     scale[:] = storable(np.where(found, step, scale), scheme)
+
+
+def _in_one_unit(blocks: FloatArray, step: FloatArray, scheme: Scheme) -> FloatArray:
+    """Of rows of blocks on grids: steps in parts of one unit, where a row has such; `step` as it is elsewhere."""
+    low, high = _ends(blocks)
+    units = row_units(_widest_step(low, high, scheme)) / 2
+    for _ in range(scheme.bits + 2):  # the widest block may use all of its range, or one step of it
+        whole = _grid_steps(blocks, scheme, partial(storable, scheme=scheme, units=units))
+        step = np.where(((whole > 0) == (high > low)).all(1, keepdims=True), whole, step)
+        units = units * 2
+    return step
 
 
 def _grid_steps(blocks: FloatArray, scheme: Scheme, stored: Callable[[FloatArray], FloatArray]) -> FloatArray:

@@ -10,7 +10,7 @@ What is written lies on the grid of its blocks. Exported as fp32 and quantized w
 it becomes the very integers and scales that were trained: `rounding` finds such a grid and leaves it alone. Not
 in fp16, which has too few digits, nor with recipes that smooth or calibrate: those move the weights again.
 
-Rounding is `quantize`'s: blocks, float16 scales and zero points come from the same search. They are found when a model
+Rounding is `quantize`'s: blocks, scales and zero points come from the same search. They are found when a model
 is wrapped and stay, unless `refresh` looks for them again, which pays after weights have moved by many steps of the
 grid. Gradients go straight through (Bengio et al. 2013, arXiv:1308.3432), also where a weight lies outside its block's
 range. Each weight is one of `torch.nn.utils.parametrize`'s parametrizations, so that others put there before, such as a
