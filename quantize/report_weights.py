@@ -81,8 +81,8 @@ class _Quantized:
         self.label = f"{bits}-bit, blocks of {block_size}"
 
     def rows(self, start: int, stop: int) -> FloatArray:
-        part = {role: self._arrays[role][start:stop] if role in self._arrays else None for role in ROLES}
-        return dequantize(Blocks(**part), self._scheme, self.shape[1])
+        part = Blocks.of({role: array[start:stop] for role, array in self._arrays.items()})
+        return dequantize(part, self._scheme, self.shape[1])
 
 
 def weight_errors(bundle: Path, reference: Path) -> list[WeightError]:

@@ -6,7 +6,7 @@ bytes are laid out as onnxruntime's MatMulNBits reads them (contrib operators, c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, fields
 from functools import partial
@@ -43,6 +43,12 @@ class Blocks:
     zero_points: ByteArray | None
     """Packed like the integers, [N, ceil(blocks * bits / 8)]; None when symmetric."""
 
+    @classmethod
+    def of(cls, arrays: Mapping[str, Any]) -> Blocks:
+        """What `arrays` gave."""
+        found: Mapping[str, Any] = dict.fromkeys(ROLES) | dict(arrays)
+        return cls(**found)
+
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
         """By role, which is the field's name; those that there are."""
         return {role: array for role in ROLES if (array := getattr(self, role)) is not None}
@@ -68,7 +74,7 @@ def quantize_matrix(rows: npt.NDArray[Any], scheme: Scheme, importance: FloatArr
     """`quantize_rows` of a whole matrix, chunks of rows in parallel: numpy releases the interpreter's lock."""
     parts = list(pool.map(lambda c: quantize_rows(np.asarray(c, np.float32), scheme, importance), _row_chunks(rows)))
     arrays = [p.arrays() for p in parts]
-    return Blocks(**{role: np.concatenate([a[role] for a in arrays]) if role in arrays[0] else None for role in ROLES})
+    return Blocks.of({role: np.concatenate([a[role] for a in arrays]) for role in arrays[0]})
 
 
 def search_scales(
@@ -182,11 +188,11 @@ def _take_grid(blocks: FloatArray, scale: FloatArray, zero: FloatArray, scheme: 
 def _in_one_unit(blocks: FloatArray, step: FloatArray, scheme: Scheme) -> FloatArray:
     """Of rows of blocks on grids: steps in parts of one unit, where a row has such; `step` as it is elsewhere."""
     low, high = _ends(blocks)
-    units = row_units(_widest_step(low, high, scheme)) / 2
+    units = row_units(_widest_step(low, high, scheme)) / np.float32(2)
     for _ in range(scheme.bits + 2):  # the widest block may use all of its range, or one step of it
         whole = _grid_steps(blocks, scheme, partial(storable, scheme=scheme, units=units))
         step = np.where(((whole > 0) == (high > low)).all(1, keepdims=True), whole, step)
-        units = units * 2
+        units = units * np.float32(2)
     return step
 
 
@@ -194,7 +200,8 @@ def _grid_steps(blocks: FloatArray, scheme: Scheme, stored: Callable[[FloatArray
     """Per block the finest step of a grid that it lies on and `stored` leaves as it is, [N, blocks]; 0 without one."""
     low, high = _ends(blocks)
     top, half = 2**scheme.bits - 1, 2 ** (scheme.bits - 1)
-    range_, most = (np.maximum(-low, high), half) if scheme.symmetric else (high - low, top)
+    range_: FloatArray = np.maximum(-low, high) if scheme.symmetric else high - low
+    most = half if scheme.symmetric else top
     found = np.zeros_like(range_)
     for steps in range(most, 0, -1):
         step = range_ / np.float32(steps)
@@ -217,8 +224,10 @@ def _ends(blocks: FloatArray) -> tuple[FloatArray, FloatArray]:
 def _widest_step(low: FloatArray, high: FloatArray, scheme: Scheme) -> FloatArray:
     """The step at which a block's range is just held, [N, blocks]."""
     if scheme.symmetric:
-        return np.maximum(-low, high) / np.float32(2 ** (scheme.bits - 1) - 1)
-    return (high - low) / np.float32(2**scheme.bits - 1)
+        low, high = np.zeros_like(low), np.maximum(-low, high)
+    steps = 2 ** (scheme.bits - 1) - 1 if scheme.symmetric else 2**scheme.bits - 1
+    step: FloatArray = (high - low) / np.float32(steps)
+    return step
 
 
 def _shrinks(steps: int) -> list[np.float32]:
@@ -266,7 +275,7 @@ def row_units(scale: FloatArray) -> FloatArray:
 
 
 def _parts(scale: FloatArray, units: FloatArray) -> FloatArray:
-    return np.clip(np.rint(scale / units), 1, TOP_PART)
+    return np.clip(np.rint(scale / units), np.float32(1), np.float32(TOP_PART))
 
 
 def _error(

@@ -176,7 +176,7 @@ class TorchGraph(nn.Module):
     def _load_quantized(self, node: NodeProto) -> None:
         packed = node.input[_QUANTIZED[node.op_type]]
         weight, a = packed.removesuffix(".packed"), _attributes(node)
-        blocks = Blocks(**{role: self._array(f"{weight}.{role}") for role in ROLES})
+        blocks = Blocks.of({role: self._array(f"{weight}.{role}") for role in ROLES})
         scheme = Scheme(bits=a["bits"], block_size=a["block_size"], symmetric=blocks.zero_points is None, steps=1)
         if scheme.bits == 4 and not scheme.symmetric:
             self.matrices[_key(packed)] = Matrix(blocks, scheme, a["K"])

@@ -55,7 +55,7 @@ def bundle_weights(source: Path, bundle: Path, recipe: str) -> dict[str, np.ndar
 
     found = {}
     for target in find_targets(load_graph(source / GRAPH), RECIPES[recipe]):
-        blocks = Blocks(**{role: part(f"{target.weight}.{role}") for role in ROLES})
+        blocks = Blocks.of({role: part(f"{target.weight}.{role}") for role in ROLES})
         found[target.weight] = dequantize(blocks, target.scheme, target.width)
     return found
 
