@@ -35,7 +35,7 @@ WINDOWS, WINDOW = 4, 128
 ERROR_WINDOWS = 8
 """Whole windows of the text, from which a weight's own errors are found: its inputs' moments need more tokens."""
 _ROWS = 64  # of a weight, whose errors stand for all of it
-_EVERY = 7  # token of the text, whose rounding stands for that of all; windows are no multiple of it
+_EVERY = 8  # token of the text, whose rounding stands for that of all; the first of each window is among them
 _PROBE_STEPS = 4
 
 
