@@ -50,7 +50,7 @@ class Calibrator:
     def quantize(self, target: Target, rows: npt.NDArray[Any]) -> Blocks:
         """Quantize `rows` [N, K]. Raises DataError when activations that reach it are not finite."""
         node = next(name for name in self._nodes if name in target.products)
-        weights = weights_of(target, self._token_weights.get(node), self._shape)
+        weights = weights_of(target, self._shape, self._token_weights.get(node))
         h, cross = self._moments(node, target.width, weights)
         weight = np.asarray(rows, np.float32)
         blocks = quantize_calibrated(weight, h, cross, target.scheme, self._pool)
@@ -80,7 +80,7 @@ class Calibrator:
         return h, cross
 
 
-def weights_of(target: Target, token_weights: FloatArray | None, shape: tuple[int, ...]) -> FloatArray:
+def weights_of(target: Target, shape: tuple[int, ...], token_weights: FloatArray | None = None) -> FloatArray:
     """How much each token of windows [n_windows, T] counts for a weight, [tokens, 1]."""
     weights = np.ones(shape, np.float32) if token_weights is None else token_weights[: shape[0]].copy()
     weights[:, 0] *= target.group.first_token

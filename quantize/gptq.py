@@ -76,11 +76,11 @@ class Order:
         return cls(columns, np.ascontiguousarray(upper).astype(np.float32))
 
 
-def round_columns(weight: FloatArray, given: Order, scale: FloatArray, zero: FloatArray, scheme: Scheme) -> FloatArray:
+def round_columns(weight: FloatArray, order: Order, scale: FloatArray, zero: FloatArray, scheme: Scheme) -> FloatArray:
     """GPTQ. Scales and zero points are [N, blocks]; the integers are returned as float32 [N, K]."""
-    order, upper = given.columns, given.upper
-    columns = np.ascontiguousarray(weight.T[order])  # [K, N]: a column is contiguous
-    scales, zeros = (np.ascontiguousarray(a.T)[order // scheme.block_size] for a in (scale, zero))
+    upper = order.upper
+    columns = np.ascontiguousarray(weight.T[order.columns])  # [K, N]: a column is contiguous
+    scales, zeros = (np.ascontiguousarray(a.T)[order.columns // scheme.block_size] for a in (scale, zero))
     integers = np.empty_like(columns)
     top, k = np.float32(2**scheme.bits - 1), len(columns)
     for first in range(0, k, _COLUMNS):
@@ -93,7 +93,7 @@ def round_columns(weight: FloatArray, given: Order, scale: FloatArray, zero: Flo
             errors[j - first] = (columns[j] - (integers[j] - zeros[j]) * scales[j]) / upper[j, j]
         columns[last:] -= upper[first:last, last:].T @ errors
     result = np.empty_like(integers)
-    result[order] = integers
+    result[order.columns] = integers
     return np.ascontiguousarray(result.T)
 
 

@@ -13,6 +13,7 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -101,23 +102,39 @@ def smallest(targets: Iterable[Target]) -> int:
     return sum(min(_size(t, s) for s in _candidates(t)) for t in targets)
 
 
-def plan(
-    model: onnx.ModelProto,
-    read: Read,
-    targets: Sequence[Target],
-    windows: npt.NDArray[np.int64],
-    budget: int,
-    *,
-    threads: int,
-    pool: Executor,
-    report: Report,
-) -> Recipe:
-    """A group for each of `targets`, so that all of them together take at most `budget` bytes, which
-    are `smallest` or more."""
-    windows_of_errors, windows_of_costs = windows[:ERROR_WINDOWS], windows[:WINDOWS, :WINDOW]
-    roundings = Roundings(model, read, targets, windows_of_errors, threads, pool, report)
-    probe = _Probe(model, read, targets, windows_of_costs, roundings.probes, threads)
-    units = _units(targets)
+@dataclass(frozen=True)
+class Subject:
+    """A float graph, whose weights `targets` are to be rounded, and what it is run with."""
+
+    model: onnx.ModelProto
+    read: Read
+    targets: Sequence[Target]
+    threads: int
+    pool: Executor
+
+    @cached_property
+    def products(self) -> Mapping[str, Target]:
+        """By name of each product's node, in the graph's order, whose weight it takes."""
+        targets = {product: t for t in self.targets for product in t.products}
+        return {node.name: targets[node.name] for node in self.model.graph.node if node.name in targets}
+
+    @cached_property
+    def _initializers(self) -> Mapping[str, TensorProto]:
+        return {t.name: t for t in self.model.graph.initializer}
+
+    def weight(self, target: Target, read: Read | None = None) -> FloatArray:
+        """[rows, width], as `read` gives it."""
+        return np.asarray((read or self.read)(self._initializers[target.weight]), np.float32)
+
+    def walk(self, windows: npt.NDArray[np.int64], read: Read | None = None) -> Walk:
+        return Walk(self.model, read or self.read, windows, threads=self.threads)
+
+
+def plan(subject: Subject, windows: npt.NDArray[np.int64], budget: int, report: Report) -> Recipe:
+    """A group for each target, so that all of them together take at most `budget` bytes: `smallest` or more."""
+    roundings = Roundings(subject, windows[:ERROR_WINDOWS], report)
+    probe = _Probe(subject, windows[:WINDOWS, :WINDOW], roundings.probes)
+    targets, units = subject.targets, _units(subject.targets)
     costs: dict[str, float] = {}
     for i, (unit, members) in enumerate(units.items()):
         costs[unit] = probe.divergence(members)
@@ -165,44 +182,30 @@ def _cost(target: Target, targets: Iterable[Target], costs: Mapping[str, float])
 class Roundings:
     """Every weight at 4 bits, and what its product's outputs lose on a text under every scheme that it could have."""
 
-    def __init__(
-        self,
-        model: onnx.ModelProto,
-        read: Read,
-        targets: Sequence[Target],
-        windows: npt.NDArray[np.int64],
-        threads: int,
-        pool: Executor,
-        report: Report,
-    ) -> None:
-        self._pool = pool
-        self._errors: dict[str, dict[Scheme, float]] = {}
-        self._activations: dict[str, dict[int, float]] = {}
+    def __init__(self, subject: Subject, windows: npt.NDArray[np.int64], report: Report) -> None:
+        self._pool = subject.pool
+        self._losses: dict[str, dict[Scheme, float]] = {}
         self.probes: dict[str, Blocks] = {}
         """Each weight under the first of its schemes."""
-        initializers = {t.name: t for t in model.graph.initializer}
-        by_product = {p: t for t in targets for p in t.products}
-        products = [node.name for node in model.graph.node if node.name in by_product]
-        walk = Walk(model, read, windows, threads=threads)
-        for i, product in enumerate(products):
-            target = by_product[product]
-            weights = weights_of(target, None, windows.shape)
+        walk = subject.walk(windows)
+        for i, (product, target) in enumerate(subject.products.items()):
+            weights = weights_of(target, windows.shape)
             inputs = np.concatenate(walk.inputs_of(product)) * np.sqrt(weights / weights.sum())
-            self._measure(target, np.asarray(read(initializers[target.weight]), np.float32), inputs)
-            report(i + 1, len(products), "measuring what each scheme changes")
+            self._measure(target, subject.weight(target), inputs)
+            report(i + 1, len(subject.products), "measuring what each scheme changes")
+        for target in subject.targets:
+            if not target.products:  # a table of which a row is what comes out
+                self._measure(target, subject.weight(target), np.eye(target.width, dtype=np.float32))
 
     def choices(self, target: Target, cost: float) -> list[Choice]:
         """Every scheme for a weight; `cost` is the divergence that the first costs."""
-        errors = self._errors[target.weight]
-        first = max(errors[_candidates(target)[0]], 1e-30)
-        activations = self._activations[target.weight]
-        return [
-            Choice(scheme, _size(target, scheme), cost * (error + activations[scheme.block_size]) / first)
-            for scheme, error in errors.items()
-        ]
+        return [Choice(s, _size(target, s), cost * loss) for s, loss in self._losses[target.weight].items()]
 
     def _measure(self, target: Target, weight: FloatArray, inputs: FloatArray) -> None:
-        """`inputs` X [tokens, K] are weighed, so that X'X is the mean over tokens."""
+        """`inputs` X [tokens, K] are weighed, so that X'X is the mean over tokens.
+
+        A scheme's loss is the outputs' squared error, that of rounded activations included, over the probe's.
+        """
         h = damped(inputs.T @ inputs)
         order, root = Order.of(h), np.sqrt(np.diag(h))
 
@@ -216,41 +219,30 @@ class Roundings:
             difference = rows - dequantize(rounded(rows, scheme), scheme, target.width)
             return float(np.vdot(difference @ h, difference))
 
-        schemes = [_quick(s) for s in _candidates(target)]
-        rows = weight[:: max(1, len(weight) // _ROWS)]
-        some = inputs[::_EVERY] * np.float32(_EVERY**0.5)
-        activations = {size: _rounding_of(some, rows, size) for size in {s.block_size for s in schemes}}
-        self.probes[target.weight] = rounded(weight, schemes[0])
-        self._errors[target.weight] = {s: error(rows, _quick(s)) for s in _candidates(target)}
-        self._activations[target.weight] = activations
+        schemes = {s: replace(s, steps=min(s.steps, _PROBE_STEPS)) for s in _candidates(target)}
+        probe = next(iter(schemes))
+        self.probes[target.weight] = rounded(weight, schemes[probe])
+        rows, some = weight[:: max(1, len(weight) // _ROWS)], inputs[::_EVERY]
+        errors = {scheme: error(rows, quick) for scheme, quick in schemes.items()}
+        activations = {size: _EVERY * _rounding_of(some, rows, size) for size in {s.block_size for s in schemes}}
+        of_probe = max(errors[probe], 1e-30)
+        self._losses[target.weight] = {s: (errors[s] + activations[s.block_size]) / of_probe for s in schemes}
 
 
 class _Probe:
     """Runs the float graph over a short text with some weights rounded."""
 
-    def __init__(
-        self,
-        model: onnx.ModelProto,
-        read: Read,
-        targets: Sequence[Target],
-        windows: npt.NDArray[np.int64],
-        rounded: Mapping[str, Blocks],
-        threads: int,
-    ) -> None:
-        self._model, self._read, self._windows, self._threads = model, read, windows, threads
-        self._initializers = {t.name: t for t in model.graph.initializer}
-        self._rounded = rounded
-        by_product = {p: t for t in targets for p in t.products}
-        self._last = next(node.name for node in reversed(model.graph.node) if node.name in by_product)
-        self._head = by_product[self._last]
-        self._expected = self._log_probabilities(read)
+    def __init__(self, subject: Subject, windows: npt.NDArray[np.int64], rounded: Mapping[str, Blocks]) -> None:
+        self._subject, self._windows, self._rounded = subject, windows, rounded
+        self._last, self._head = list(subject.products.items())[-1]
+        self._expected = self._log_probabilities(subject.read)
 
     def divergence(self, rounded: Iterable[Target]) -> float:
         """Mean Kullback-Leibler divergence, in nats a token, when these weights are at 4 bits."""
         names = {t.weight: t for t in rounded}
 
         def read(tensor: TensorProto) -> npt.NDArray[np.generic]:
-            target, values = names.get(tensor.name), self._read(tensor)
+            target, values = names.get(tensor.name), self._subject.read(tensor)
             if target is None:
                 return values
             blocks = self._rounded[tensor.name]
@@ -261,10 +253,10 @@ class _Probe:
 
     def _log_probabilities(self, read: Read) -> FloatArray:
         """[positions, vocab_size] of the second half of each window. The head's soft cap, if any, is left out."""
-        walk = Walk(self._model, read, self._windows, threads=self._threads)
-        hidden = np.concatenate(walk.inputs_of(self._last)).reshape(len(self._windows), -1, self._head.width)
-        rows = hidden[:, hidden.shape[1] // 2 :].reshape(-1, self._head.width)
-        return log_softmax(rows @ np.asarray(read(self._initializers[self._head.weight]), np.float32).T)
+        walk, width = self._subject.walk(self._windows, read), self._head.width
+        hidden = np.concatenate(walk.inputs_of(self._last)).reshape(len(self._windows), -1, width)
+        rows = hidden[:, hidden.shape[1] // 2 :].reshape(-1, width)
+        return log_softmax(rows @ self._subject.weight(self._head, read).T)
 
 
 def _rounding_of(inputs: FloatArray, rows: FloatArray, block_size: int) -> float:
@@ -274,10 +266,6 @@ def _rounding_of(inputs: FloatArray, rows: FloatArray, block_size: int) -> float
     scale = np.maximum(np.abs(blocks).max(-1, keepdims=True) / 127, np.finfo(np.float32).tiny)
     difference = (blocks - np.rint(blocks / scale) * scale).reshape(n, -1)[:, :k]
     return float(np.square(difference @ rows.T).sum())
-
-
-def _quick(scheme: Scheme) -> Scheme:
-    return replace(scheme, steps=min(scheme.steps, _PROBE_STEPS))
 
 
 def _candidates(target: Target) -> tuple[Scheme, ...]:

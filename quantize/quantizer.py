@@ -298,7 +298,8 @@ class _Job:
         """The recipe that fills `target_mb`."""
         assert self.target_mb is not None
         budget = int(self.target_mb * 1e6) - self._other_bytes(model, targets)
-        return mixed.plan(model, read, targets, windows, budget, threads=self.threads, pool=pool, report=self.report)
+        subject = mixed.Subject(model, read, targets, self.threads, pool)
+        return mixed.plan(subject, windows, budget, self.report)
 
     def _other_bytes(self, model: onnx.ModelProto, targets: list[Target]) -> int:
         """What a bundle takes, at most, besides the weights of `targets`."""

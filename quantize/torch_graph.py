@@ -56,20 +56,21 @@ class Matrix(nn.Module):
         self.change = nn.Parameter(torch.zeros_like(self.first_scale))
         self.zero = torch.from_numpy(zero)[..., None]
 
-    def scale(self) -> Tensor:
-        scale = self.first_scale * (1 + self.change)
-        rounded: Tensor = _Parts.apply(scale, self.units)  # type: ignore[no-untyped-call]
-        return rounded
-
     def forward(self) -> Tensor:
-        weight: Tensor = _Grid.apply(self.latent, self.scale(), self.zero, self.top)  # type: ignore[no-untyped-call]
+        parts = (self._scale(), self.units, self.zero)
+        weight: Tensor = _Grid.apply(self.latent, *parts, self.top)  # type: ignore[no-untyped-call]
         return weight[:, : self.width]
 
     @torch.no_grad()
     def rounded(self) -> tuple[Any, Any, Any]:
         """Integers [N, K], scales and zero points [N, blocks], as `rounding.as_blocks` takes them."""
         integers = self.latent.round().clamp(0, self.top).view(len(self.latent), -1)[:, : self.width]
-        return integers.numpy(), self.scale()[..., 0].numpy(), self.zero[..., 0].numpy()
+        scale = _stored(self._scale(), self.units)
+        return integers.numpy(), scale[..., 0].numpy(), self.zero[..., 0].numpy()
+
+    def _scale(self) -> Tensor:
+        """Before it is rounded, [N, blocks, 1]."""
+        return self.first_scale * (1 + self.change)
 
 
 class Gain(nn.Module):
@@ -84,30 +85,25 @@ class Gain(nn.Module):
         return self.first * (1 + self.part)
 
 
-class _Parts(torch.autograd.Function):
-    """Scales as `rounding.storable` gives them, straight through."""
-
-    @staticmethod
-    def forward(ctx: Any, scale: Tensor, units: Tensor) -> Tensor:
-        return (scale / units).round_().clamp_(1, TOP_PART).mul_(units)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0], None
+def _stored(scale: Tensor, units: Tensor) -> Tensor:
+    """As `rounding.storable` has it."""
+    return (scale / units).round_().clamp_(1, TOP_PART).mul_(units)
 
 
 class _Grid(torch.autograd.Function):
+    """A weight of rounded integers and scales, straight through."""
+
     @staticmethod
-    def forward(ctx: Any, latent: Tensor, scale: Tensor, zero: Tensor, top: int) -> Tensor:
-        steps = latent.round().clamp_(0, top).sub_(zero)
+    def forward(ctx: Any, latent: Tensor, scale: Tensor, units: Tensor, zero: Tensor, top: int) -> Tensor:
+        steps, scale = latent.round().clamp_(0, top).sub_(zero), _stored(scale, units)
         ctx.save_for_backward(steps, scale)
         return (steps * scale).view(len(latent), -1)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         steps, scale = ctx.saved_tensors
         g = gradients[0].view(steps.shape)
-        return g * scale, (g * steps).sum(-1, keepdim=True), None, None
+        return g * scale, (g * steps).sum(-1, keepdim=True), None, None, None
 
 
 class TorchGraph(nn.Module):

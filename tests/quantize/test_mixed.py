@@ -15,10 +15,12 @@ from gptedge.bundle import open_bundle
 from gptedge.errors import UsageError
 from gptedge.onnx_file import load_graph, read_initializer
 from gptedge.progress import silent
-from gptedge.quantize.mixed import SCHEMES, Choice, Roundings, allocate
+from gptedge.quantize.mixed import SCHEMES, Choice, Roundings, Subject, allocate, plan, smallest
 from gptedge.quantize.passes import find_targets
 from gptedge.quantize.quantizer import quantize
 from gptedge.quantize.recipes import RECIPES
+from tests.conftest import tiny_config
+from tests.quantize.test_smooth import make
 
 SMALL, MIDDLE, LARGE = SCHEMES[0], SCHEMES[1], SCHEMES[2]
 ROW = [Choice(SMALL, 100, 8.0), Choice(MIDDLE, 150, 5.0), Choice(LARGE, 200, 1.0)]
@@ -76,11 +78,27 @@ def test_costs_fall_with_bits_and_with_smaller_blocks(tiny_bundle: Path) -> None
     ids = np.random.default_rng(0).integers(0, 300, (2, 60))
     read = partial(read_initializer, folder=tiny_bundle)
     with ThreadPoolExecutor(1) as pool:
-        roundings = Roundings(model, read, targets, ids, 1, pool, silent)
+        roundings = Roundings(Subject(model, read, targets, 1, pool), ids, silent)
     for target in targets:
         cost = {(c.scheme.bits, c.scheme.block_size): c.cost for c in roundings.choices(target, 7.0)}
         assert 7 < cost[4, 32] < 7.5
         assert cost[4, 128] >= cost[4, 64] >= cost[4, 32] > cost[4, 16] > 10 * cost[8, 64] > 0
+
+
+def test_tables_that_are_not_the_head(tmp_path: Path) -> None:
+    """The head is rounded as any product's weight is; what is only looked up has errors, too."""
+    model, read = make(tiny_config(333, tie_embeddings=False), tmp_path)
+    targets = find_targets(model, RECIPES["mixed"])
+    ids = np.random.default_rng(0).integers(0, 300, (2, 60))
+    with ThreadPoolExecutor(1) as pool:
+        subject = Subject(model, read, targets, 1, pool)
+        least, most = (plan(subject, ids, budget, silent) for budget in (smallest(targets), 10**9))
+    for recipe, bits in ((least, 4), (most, 8)):
+        assert [g.match for g in recipe.groups] == [t.weight for t in targets]
+        assert {g.match: g.scheme.bits for g in recipe.groups}.items() >= {
+            "embed.weight": bits,
+            "head.weight": bits,
+        }.items()
 
 
 def test_a_target_that_cannot_be_reached(tiny_bundle: Path, tmp_path: Path) -> None:
