@@ -225,9 +225,9 @@ class Session:
         """
         if len(ids) == 1:
             return iter(self.run(ids, cache))
-        if self.speculates and not self._rows_agree:
-            self._rows_agree = self.speculates = self._agree(ids, cache)
-        return iter(self.run(ids, cache, every_row=True)) if self.speculates else self._one_by_one(ids, cache)
+        if not self.speculates:
+            return self._one_by_one(ids, cache)
+        return iter(self.run(ids, cache, every_row=True)) if self._rows_agree else self._first_checked(ids, cache)
 
     def _one_by_one(self, ids: Sequence[int], cache: KVCache) -> Iterator[Logits]:
         for token in ids:
@@ -235,14 +235,16 @@ class Session:
             cache.truncate(len(cache) - 1)
             yield logits
 
-    def _agree(self, ids: Sequence[int], cache: KVCache) -> bool:
-        """Whether the kernels here keep what `checked` promises: tried on the first guess, by its first two rows."""
-        before = len(cache)
-        together = self.run(ids, cache, every_row=True)
-        cache.truncate(before)
+    def _first_checked(self, ids: Sequence[int], cache: KVCache) -> Iterator[Logits]:
+        """`checked`, and whether the kernels here keep what it promises: by the first two rows, run alone as well."""
         two = self.run(ids[:2], cache, every_row=True)
-        cache.truncate(before)
-        return np.array_equal(together[:2], two)
+        cache.truncate(len(cache) - 2)
+        rows = self.run(ids, cache, every_row=True)
+        self._rows_agree = self.speculates = np.array_equal(rows[:2], two)
+        if self._rows_agree:
+            return iter(rows)
+        cache.truncate(len(cache) - len(ids))
+        return self._one_by_one(ids, cache)
 
     def _append(self, graph: Any, ids: Sequence[int], cache: KVCache) -> None:
         """Append `ids` to `cache` by a graph that gives no logits."""
