@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Executor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,9 @@ from gptedge.quantize.rounding import Blocks, dequantize
 from gptedge.quantize.walk import Read, Walk
 
 FloatArray = npt.NDArray[np.float32]
+
+TABLE_WINDOWS = 8
+"""Of the text, for a table that is the head, too; they are run through the whole float model once more."""
 
 
 class Calibrator:
@@ -38,8 +42,9 @@ class Calibrator:
         `token_weights` [n_windows, T] say, by name of a product's node, how much each token counts there; where there
         are none, all count alike but the first of a window (see recipes.Group).
         """
-        self._float = Walk(model, read, windows, threads=threads)
-        self._quantized = Walk(model, read, windows, threads=threads)
+        self._walk = partial(Walk, model, read, threads=threads)
+        self._float, self._quantized = self._walk(windows), self._walk(windows)
+        self._for_tables = windows[:TABLE_WINDOWS]
         self._nodes = {node.name: node for node in model.graph.node}
         self._token_weights = token_weights
         self._shape = windows.shape
@@ -51,7 +56,13 @@ class Calibrator:
         """Quantize `rows` [N, K]. Raises DataError when activations that reach it are not finite."""
         node = next(name for name in self._nodes if name in target.products)
         weights = weights_of(target, self._shape, self._token_weights.get(node))
-        h, cross = self._moments(node, target.width, weights)
+        if target.lookups:  # these come before all else: what will reach the product, the float model tells alone
+            inputs = expected = self._walk(self._for_tables).inputs_of(node)
+        else:
+            inputs, expected = self._quantized.inputs_of(node), self._float.inputs_of(node)
+        h, cross = _moments(inputs, expected, weights)
+        if not (np.isfinite(h).all() and np.isfinite(cross).all()):
+            raise DataError(f"the activations that reach {node} are not finite on the calibration text")
         weight = np.asarray(rows, np.float32)
         blocks = quantize_calibrated(weight, h, cross, target.scheme, self._pool)
         change = weight - dequantize(blocks, target.scheme, target.width)
@@ -66,18 +77,20 @@ class Calibrator:
         for node, nodes in replacements(target, {role: t.name for role, t in made.items()}, self._nodes).items():
             self._quantized.replace(node, nodes, initializers)
 
-    def _moments(self, node: str, width: int, weights: FloatArray) -> tuple[FloatArray, FloatArray]:
-        """X'X and (X0 - X)'X of the quantized and the float inputs X and X0, tokens weighed, [width, width]."""
-        h, cross = np.zeros((width, width), np.float32), np.zeros((width, width), np.float32)
-        at = 0
-        for x, x0 in zip(self._quantized.inputs_of(node), self._float.inputs_of(node), strict=True):
-            root = np.sqrt(weights[at : at + len(x)])
-            weighed, at = x * root, at + len(x)
-            h += weighed.T @ weighed
-            cross += (x0 * root - weighed).T @ weighed
-        if not (np.isfinite(h).all() and np.isfinite(cross).all()):
-            raise DataError(f"the activations that reach {node} are not finite on the calibration text")
-        return h, cross
+
+def _moments(
+    inputs: Sequence[FloatArray], expected: Sequence[FloatArray], weights: FloatArray
+) -> tuple[FloatArray, FloatArray]:
+    """X'X and (X0 - X)'X of the inputs X and those of the float model X0, tokens weighed, [width, width]."""
+    width = inputs[0].shape[-1]
+    h, cross = np.zeros((width, width), np.float32), np.zeros((width, width), np.float32)
+    at = 0
+    for x, x0 in zip(inputs, expected, strict=True):
+        root = np.sqrt(weights[at : at + len(x)])
+        weighed, at = x * root, at + len(x)
+        h += weighed.T @ weighed
+        cross += (x0 * root - weighed).T @ weighed
+    return h, cross
 
 
 def weights_of(target: Target, shape: tuple[int, ...], token_weights: FloatArray | None = None) -> FloatArray:

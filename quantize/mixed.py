@@ -23,10 +23,10 @@ from onnx import TensorProto
 from gptedge.evaluate.divergence import log_softmax
 from gptedge.progress import Report
 from gptedge.quantize.calibrated import weights_of
-from gptedge.quantize.gptq import Order, damped, round_columns
+from gptedge.quantize.gptq import Order, damped, round_rows
 from gptedge.quantize.passes import Target, plain_name
 from gptedge.quantize.recipes import Group, Recipe, Scheme
-from gptedge.quantize.rounding import Blocks, as_blocks, dequantize, quantize_matrix, search_scales
+from gptedge.quantize.rounding import Blocks, dequantize, quantize_matrix
 from gptedge.quantize.walk import Read, Walk
 
 FloatArray = npt.NDArray[np.float32]
@@ -40,15 +40,12 @@ _EVERY = 8  # token of the text, whose rounding stands for that of all; the firs
 _PROBE_STEPS = 4
 
 
-def _schemes(symmetric_4_bit: bool, *shapes: tuple[int, int]) -> tuple[Scheme, ...]:
-    return tuple(
-        Scheme(bits=bits, block_size=size, symmetric=bits == 8 or symmetric_4_bit, steps=12 if bits == 4 else 1)
-        for bits, size in shapes
-    )
+def _schemes(bits: int, *block_sizes: int, symmetric: bool = True) -> tuple[Scheme, ...]:
+    return tuple(Scheme(bits, size, symmetric, steps=12 if bits == 4 else 1) for size in block_sizes)
 
 
-SCHEMES = _schemes(False, (4, 32), (4, 128), (4, 64), (4, 16), (8, 128), (8, 64), (8, 32))
-TABLE_SCHEMES = _schemes(True, (4, 32), (4, 16), (8, 128), (8, 64), (8, 32))
+SCHEMES = _schemes(4, 32, 128, 64, 16, symmetric=False) + _schemes(4, 128, 64, 32) + _schemes(8, 128, 64, 32)
+TABLE_SCHEMES = _schemes(4, 32, 16) + _schemes(8, 128, 64, 32)
 """What can be chosen; the first is the one that costs are measured with."""
 
 
@@ -62,11 +59,19 @@ class Choice:
 
 
 def allocate(choices: Mapping[str, Sequence[Choice]], budget: int) -> dict[str, Choice]:
-    """The cheapest choice of each weight, and then the upgrades that save most divergence a byte until bytes run out.
+    """The smallest choice of each weight, and then the upgrades that save most divergence a byte until bytes run out.
 
-    `budget` holds at least the smallest choices.
+    For the largest weight every choice is tried: a table may be a third of a model, and its next step too large for
+    what others have left. `budget` holds at least the smallest choices.
     """
     hulls = {name: _hull(row) for name, row in choices.items()}
+    largest = max(hulls, key=lambda name: hulls[name][-1].size)
+    others = sum(h[0].size for h in hulls.values()) - hulls[largest][0].size
+    plans = [_upgraded({**hulls, largest: [c]}, budget) for c in hulls[largest] if others + c.size <= budget]
+    return min(plans, key=lambda chosen: sum(c.cost for c in chosen.values()))
+
+
+def _upgraded(hulls: Mapping[str, Sequence[Choice]], budget: int) -> dict[str, Choice]:
     level = dict.fromkeys(hulls, 0)
     left = budget - sum(h[0].size for h in hulls.values())
     steps = sorted(
@@ -145,7 +150,8 @@ def plan(subject: Subject, windows: npt.NDArray[np.int64], budget: int, report: 
 
 
 def _group(target: Target, scheme: Scheme) -> Group:
-    method = "rtn" if target.lookups else "gptq"  # of 8 bits too: it makes up for what earlier weights lost
+    rtn = bool(target.lookups) and (scheme.bits == 8 or not target.products)
+    method = "rtn" if rtn else "gptq"  # of 8 bits too: it makes up for what earlier weights lost
     return replace(target.group, match=_name(target), scheme=scheme, method=method, smooth=scheme.bits == 8)
 
 
@@ -207,13 +213,12 @@ class Roundings:
         A scheme's loss is the outputs' squared error, that of rounded activations included, over the probe's.
         """
         h = damped(inputs.T @ inputs)
-        order, root = Order.of(h), np.sqrt(np.diag(h))
+        order = Order.of(h)
 
         def rounded(rows: FloatArray, scheme: Scheme) -> Blocks:
             if _group(target, scheme).method == "rtn":
                 return quantize_matrix(rows, scheme, None if target.lookups else np.diag(h), self._pool)
-            scale, zero = search_scales(rows, scheme, root, self._pool)
-            return as_blocks(round_columns(rows, order, scale, zero, scheme), scale, zero, scheme)
+            return round_rows(rows, h, order, scheme, self._pool)
 
         def error(rows: FloatArray, scheme: Scheme) -> float:
             difference = rows - dequantize(rounded(rows, scheme), scheme, target.width)

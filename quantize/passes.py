@@ -84,8 +84,8 @@ def _matrices(model: onnx.ModelProto) -> Iterator[tuple[tuple[str, int, int], tu
 def _check(target: Target) -> None:
     if target.lookups and not target.scheme.symmetric:
         raise UsageError(f"{target.weight} is looked up by rows: its scheme must be symmetric")
-    if target.lookups and target.group.method != "rtn":
-        raise UsageError(f"{target.weight} is looked up by rows: its method must be rtn, not {target.group.method}")
+    if not target.products and target.group.method != "rtn":
+        raise UsageError(f"{target.weight} is only looked up: its method must be rtn, not {target.group.method}")
 
 
 def _weight_operand(node: NodeProto) -> str:

@@ -6,7 +6,7 @@ bytes are laid out as onnxruntime's MatMulNBits reads them (contrib operators, c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, fields
 from functools import partial
@@ -49,6 +49,12 @@ class Blocks:
         found: Mapping[str, Any] = dict.fromkeys(ROLES) | dict(arrays)
         return cls(**found)
 
+    @classmethod
+    def joined(cls, parts: Sequence[Blocks]) -> Blocks:
+        """One matrix of the rows of several."""
+        arrays = [p.arrays() for p in parts]
+        return cls.of({role: np.concatenate([a[role] for a in arrays]) for role in arrays[0]})
+
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
         """By role, which is the field's name; those that there are."""
         return {role: array for role in ROLES if (array := getattr(self, role)) is not None}
@@ -73,8 +79,7 @@ def quantize_rows(weight: FloatArray, scheme: Scheme, importance: FloatArray | N
 def quantize_matrix(rows: npt.NDArray[Any], scheme: Scheme, importance: FloatArray | None, pool: Executor) -> Blocks:
     """`quantize_rows` of a whole matrix, chunks of rows in parallel: numpy releases the interpreter's lock."""
     parts = list(pool.map(lambda c: quantize_rows(np.asarray(c, np.float32), scheme, importance), _row_chunks(rows)))
-    arrays = [p.arrays() for p in parts]
-    return Blocks.of({role: np.concatenate([a[role] for a in arrays]) for role in arrays[0]})
+    return Blocks.joined(parts)
 
 
 def search_scales(

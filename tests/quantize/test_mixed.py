@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -45,6 +46,14 @@ def test_a_choice_that_is_not_worth_its_bytes_is_never_taken() -> None:
     assert sizes == {100, 200}
 
 
+def test_a_large_step_is_worth_small_ones() -> None:
+    """By what a byte saves the small ones would come first, and leave too few bytes for the large one."""
+    small = [Choice(SMALL, 100, 2.0), Choice(LARGE, 110, 1.0)]
+    table = [Choice(SMALL, 500, 50.0), Choice(LARGE, 1000, 10.0)]
+    chosen = allocate({"a": small, "b": small, "table": table}, 1205)
+    assert {name: c.size for name, c in chosen.items()} == {"a": 100, "b": 100, "table": 1000}
+
+
 def test_more_bytes_never_cost_more() -> None:
     rng = np.random.default_rng(0)
     choices = {
@@ -80,7 +89,9 @@ def test_costs_fall_with_bits_and_with_smaller_blocks(tiny_bundle: Path) -> None
     with ThreadPoolExecutor(1) as pool:
         roundings = Roundings(Subject(model, read, targets, 1, pool), ids, silent)
     for target in targets:
-        cost = {(c.scheme.bits, c.scheme.block_size): c.cost for c in roundings.choices(target, 7.0)}
+        costs = {c.scheme: c.cost for c in roundings.choices(target, 7.0)}
+        cost = {(s.bits, s.block_size): c for s, c in costs.items() if s.symmetric == (s.bits == 8)}
+        assert all(costs[replace(s, symmetric=False)] < c for s, c in costs.items() if s.symmetric and s.bits == 4)
         assert 7 < cost[4, 32] < 7.5
         assert cost[4, 128] >= cost[4, 64] >= cost[4, 32] > cost[4, 16] > 10 * cost[8, 64] > 0
 
