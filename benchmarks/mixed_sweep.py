@@ -25,7 +25,7 @@ SIZES = (*range(80, 141, 5), 142)
 _GROUP = '[[group]]\nmatch = "{}"\nbits = {}\nblock_size = {}\nsymmetric = {}\nsmooth = {}\nmethod = "{}"\n'
 _LAYERS = _GROUP.format("*", 4, 128, "false", "false", "gptq")
 UNIFORM = {
-    "blocks of 128, 4-bit table": _GROUP.format("embed.weight", 4, 32, "true", "false", "rtn") + _LAYERS,
+    "blocks of 128, 4-bit table": _GROUP.format("embed.weight", 4, 32, "true", "false", "gptq") + _LAYERS,
     "blocks of 128": _GROUP.format("embed.weight", 8, 64, "true", "true", "rtn") + _LAYERS,
 }
 """Smaller than `int4`; `int4` and `int8` follow."""

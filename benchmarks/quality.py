@@ -46,8 +46,8 @@ PLOT = "docs/quality.svg"
 LLAMA_CPP_PROGRAM = Path(__file__).with_name("llama_cpp_program.py")
 WINDOWS, WINDOW = 16, 512
 PEERS = ("genai", "llama-cpp")
-TARGET_MB = 105
-"""What a recipe fills that is made for a size: as large as llama.cpp's Q4_K_M."""
+TARGETS_MB = (80, 105)
+"""What a recipe fills that is made for a size: less than any other here, and as much as llama.cpp's Q4_K_M."""
 KINDS = ("gptedge", "onnxruntime-genai", "llama.cpp")
 
 # Name -> precision and further options of the builder.
@@ -294,8 +294,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--windows", type=int, default=WINDOWS)
     recipes = ",".join(
-        f"{name} --target-mb {TARGET_MB}" if r.fills_target else name
+        f"{name}{target}"
         for name, r in RECIPES.items()
+        for target in ([f" --target-mb {mb}" for mb in TARGETS_MB] if r.fills_target else [""])
         if not r.distill_steps  # which takes hours
     )
     parser.add_argument("--recipes", default=recipes, help="default: all of %(default)s")
