@@ -217,7 +217,7 @@ class Roundings:
 
         def rounded(rows: FloatArray, scheme: Scheme) -> Blocks:
             if _group(target, scheme).method == "rtn":
-                return quantize_matrix(rows, scheme, None if target.lookups else np.diag(h), self._pool)
+                return quantize_matrix(rows, scheme, None, self._pool)
             return round_rows(rows, h, order, scheme, self._pool)
 
         def error(rows: FloatArray, scheme: Scheme) -> float:
