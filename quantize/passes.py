@@ -246,6 +246,7 @@ def shape_constants(target: Target) -> list[TensorProto]:
     values: dict[str, npt.NDArray[Any]] = {}
     if target.lookups or target.group.widen:
         values["scales.shape"] = np.array([target.rows, blocks, 1])
+    if target.group.widen or (target.lookups and target.width % size):  # what fills up the last block is cut off
         values |= {"zero": np.array([0]), "width": np.array([target.width]), "minus_one": np.array([-1])}
     if target.lookups:
         values["rows.shape"] = np.array([0, 0, blocks * size])
