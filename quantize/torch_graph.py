@@ -57,9 +57,7 @@ class Matrix(nn.Module):
         self.zero = torch.from_numpy(zero)[..., None]
 
     def forward(self) -> Tensor:
-        parts = (self._scale(), self.units, self.zero)
-        weight: Tensor = _Grid.apply(self.latent, *parts, self.top)  # type: ignore[no-untyped-call]
-        return weight[:, : self.width]
+        return _on_grid(self.latent, self._scale(), self.units, self.zero, self.top)[:, : self.width]
 
     @torch.no_grad()
     def rounded(self) -> tuple[Any, Any, Any]:
@@ -104,6 +102,9 @@ class _Grid(torch.autograd.Function):
         steps, scale = ctx.saved_tensors
         g = gradients[0].view(steps.shape)
         return g * scale, (g * steps).sum(-1, keepdim=True), None, None, None
+
+
+_on_grid: Callable[..., Tensor] = _Grid.apply  # which torch leaves untyped
 
 
 class TorchGraph(nn.Module):

@@ -6,6 +6,7 @@ its own end in one product for all heads, and the backward pass finds the probab
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -53,6 +54,9 @@ class BlockwiseAttention(torch.autograd.Function):
         return dq, dk, dv, None
 
 
+_attend: Callable[..., Tensor] = BlockwiseAttention.apply  # which torch leaves untyped
+
+
 def _blocks(q: Tensor) -> list[tuple[int, int]]:
     return [(i, min(i + BLOCK, q.shape[1])) for i in range(0, q.shape[1], BLOCK)]
 
@@ -62,5 +66,4 @@ def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None) ->
     if q.shape[1] != k.shape[1]:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     flat = (x.flatten(0, 1).contiguous() for x in (q, k, v))  # [B * H, T, D]
-    y: Tensor = BlockwiseAttention.apply(*flat, scale or q.shape[-1] ** -0.5)  # type: ignore[no-untyped-call]
-    return y.view_as(q)
+    return _attend(*flat, scale or q.shape[-1] ** -0.5).view_as(q)

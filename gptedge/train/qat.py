@@ -20,7 +20,7 @@ Activations are not rounded here; the kernels do that.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -107,8 +107,7 @@ class Rounding(nn.Module):
         self.register_buffer("zero", zero)
 
     def forward(self, weight: Tensor) -> Tensor:
-        rounded: Tensor = _Straight.apply(weight, self.scale, self.zero, self.scheme)  # type: ignore[no-untyped-call]
-        return rounded
+        return _straight(weight, self.scale, self.zero, self.scheme)
 
 
 class _Straight(torch.autograd.Function):
@@ -123,6 +122,9 @@ class _Straight(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         return gradients[0], None, None, None
+
+
+_straight: Callable[..., Tensor] = _Straight.apply  # which torch leaves untyped
 
 
 def _matrices(model: GPT) -> Iterator[tuple[str, Any]]:
