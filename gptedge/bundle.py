@@ -2,6 +2,7 @@
 
     model.onnx  model.onnx.data  tokenizer.json  tokenizer_config.json  config.json  generation_config.json
     prefill.onnx  prefill.onnx.data (where prompts have a graph of their own: see quantize/prefill.py)
+    model.signed.onnx  prefill.signed.onnx (beside graphs with products of integers: see quantize/integer_products.py)
     chat_template.jinja (where there is one)  genai_config.json (for onnxruntime-genai)  manifest.json
 
 Reading needs only the standard library. Folders without a manifest (made by other programs) open too; they cannot be
@@ -22,8 +23,16 @@ from gptedge.errors import BundleError
 from gptedge.files import sha256, write_json
 
 FORMAT_VERSION = 1
+
+
+def signed(graph: str) -> str:
+    """The name of the same graph, over the same bytes, for processors that multiply signed bytes exactly."""
+    return graph.replace(".onnx", ".signed.onnx")
+
+
 GRAPH, GRAPH_DATA = "model.onnx", "model.onnx.data"
 PREFILL, PREFILL_DATA = "prefill.onnx", "prefill.onnx.data"
+PREFILL_FILES = (PREFILL, signed(PREFILL), PREFILL_DATA)
 CONFIG, GENERATION_CONFIG, GENAI_CONFIG = "config.json", "generation_config.json", "genai_config.json"
 TOKENIZER, TOKENIZER_CONFIG, CHAT_TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 MANIFEST = "manifest.json"
@@ -62,7 +71,8 @@ class Bundle:
     @property
     def prefill_bytes(self) -> int:
         """Bytes that the prefill graph adds; 0 without one."""
-        return sum((self.path / f).stat().st_size for f in (PREFILL, PREFILL_DATA) if (self.path / f).exists())
+        files = (self.path / name for name in PREFILL_FILES)
+        return sum(f.stat().st_size for f in files if f.exists())
 
     @property
     def kv(self) -> str:

@@ -25,7 +25,8 @@ from onnx import NodeProto, TensorProto, helper
 from gptedge.bundle import GRAPH, PREFILL, open_bundle
 from gptedge.errors import DataError
 from gptedge.graph_io import PAST_PREFIX, PRESENT_PREFIX, past_names
-from gptedge.onnx_file import load_graph, save_graph
+from gptedge.onnx_file import load_graph
+from gptedge.quantize import integer_products
 from gptedge.runtime.session import Session
 
 CACHES = ("int8",)
@@ -52,7 +53,7 @@ def quantize_cache(folder: Path, windows: npt.NDArray[np.int64], threads: int) -
             model = load_graph(folder / name)
             _declare(model.graph, scales)
             rewrite(model.graph)
-            save_graph(folder / name, model)
+            integer_products.save(folder / name, model)
 
 
 def _scales(folder: Path, windows: npt.NDArray[np.int64], threads: int) -> dict[str, Floats]:

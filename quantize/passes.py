@@ -1,7 +1,7 @@
 """Rewriting a float graph's products and lookups for quantized weights: one pass, which says what it changed.
 
-FusedMatMul(x, W) with transB becomes MatMulNBits; the Gather from a table becomes GatherBlockQuantized. A table that is
-also the output projection is stored once, for both operators read the same bytes.
+FusedMatMul(x, W) with transB becomes MatMulNBits, or a product of integers; the Gather from a table becomes
+GatherBlockQuantized. A table that is also the output projection is stored once, for both operators read the same bytes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from onnx import NodeProto, TensorProto, helper
 
 from gptedge.errors import UnsupportedModelError, UsageError
 from gptedge.onnx_file import MICROSOFT
-from gptedge.quantize.recipes import Group, Recipe, Scheme
+from gptedge.quantize import integer_products
+from gptedge.quantize.recipes import WHOLE_ROWS, Group, Recipe, Scheme
 
 ACCURACY_LEVEL = 4
 """MatMulNBits with 8-bit activations; at lower levels, 8-bit weights would be widened at each call."""
@@ -84,6 +85,8 @@ def _matrices(model: onnx.ModelProto) -> Iterator[tuple[tuple[str, int, int], tu
 def _check(target: Target) -> None:
     if target.lookups and not target.scheme.symmetric:
         raise UsageError(f"{target.weight} is looked up by rows: its scheme must be symmetric")
+    if target.lookups and target.scheme.whole_rows:
+        raise UsageError(f"{target.weight} is looked up by rows: its block_size must not be {WHOLE_ROWS}")
     if not target.products and target.group.method != "rtn":
         raise UsageError(f"{target.weight} is only looked up: its method must be rtn, not {target.group.method}")
 
@@ -111,7 +114,8 @@ def rewrite(
     store: Callable[[Target], dict[str, TensorProto]],
     keep: Callable[[TensorProto], TensorProto],
 ) -> None:
-    """Rewrite in place. `store` quantizes one target and gives its initializers by role (see rounding.Blocks);
+    """Rewrite in place. `store` quantizes one target and gives its initializers by role (see rounding.Blocks, and
+    integer_products.Columns);
     `keep` copies an initializer that stays as it is."""
     graph = model.graph
     quantized = {t.weight for t in targets}
@@ -124,7 +128,7 @@ def rewrite(
     nodes = list(_rewritten(graph.node, targets, roles))
     del graph.node[:], graph.initializer[:]
     graph.node.extend(nodes)
-    graph.initializer.extend([*initializers, *(c for t in targets for c in shape_constants(t))])
+    graph.initializer.extend([*initializers, *constants(targets)])
 
 
 def _rewritten(
@@ -147,6 +151,10 @@ def replacements(target: Target, roles: dict[str, str], nodes: Mapping[str, Node
     """What stands in for each node of `target`; what several of them read comes before the first.
     `roles` names the new initializers, `nodes` has the old nodes by name, in the graph's order."""
     order = [name for name in nodes if name in (*target.products, *target.lookups)]
+    if target.scheme.whole_rows:
+        made = {n: list(integer_products.product(nodes[n], roles["columns"], roles["scales"])) for n in order}
+        made[order[0]] = [*integer_products.unsigned(roles["columns"]), *made[order[0]]]
+        return made
     product = _float_product if target.group.widen else _product
     made = {
         name: list(_lookup(nodes[name], target, roles))
@@ -239,8 +247,15 @@ def _zero_points(roles: dict[str, str]) -> list[str]:
     return [roles["zero_points"]] if "zero_points" in roles else []
 
 
-def shape_constants(target: Target) -> list[TensorProto]:
-    """Small initializers that lookups and widened weights need."""
+def constants(targets: Iterable[Target]) -> list[TensorProto]:
+    """Small initializers that what stands in for the targets' nodes reads."""
+    targets = list(targets)
+    shared = integer_products.constants() if any(t.scheme.whole_rows for t in targets) else []
+    return [*shared, *(c for t in targets if not t.scheme.whole_rows for c in _shape_constants(t))]
+
+
+def _shape_constants(target: Target) -> list[TensorProto]:
+    """What lookups and widened weights need."""
     weight, size = target.weight, target.scheme.block_size
     blocks = -(-target.width // size)
     values: dict[str, npt.NDArray[Any]] = {}

@@ -1,39 +1,41 @@
-"""A second graph for reading prompts: 8-bit weights times 8-bit activations, over the same KV cache.
+"""A second graph for reading prompts: products of integers (see integer_products.py) over the same KV cache.
 
-Products of integers overtake MatMulNBits from a few rows on. So `prefill.onnx` runs all of a prompt but its last token,
-and gives keys and values alone; the last token goes through the bundle's own graph, which therefore makes every logit.
-The table is the bundle's, whose bytes both graphs read from one file; gains and biases are the float model's.
-
-A weight has one scale for each output channel, an activation one for each token (as in SmoothQuant, arXiv:2211.10438).
-Both are unsigned around 128: processors without VNNI add products of unsigned and signed bytes in saturating 16 bits,
-and of two unsigned ones exactly.
+They overtake MatMulNBits from a few rows on. So `prefill.onnx` runs all of a prompt but its last token, and gives keys
+and values alone; the last token goes through the bundle's own graph, which therefore makes every logit. The table is
+the bundle's, whose bytes both graphs read from one file; gains and biases are the float model's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx
-from onnx import NodeProto, TensorProto, helper
+from onnx import NodeProto, TensorProto
 
 from gptedge.bundle import PREFILL, PREFILL_DATA
 from gptedge.graph_io import LOGITS
-from gptedge.onnx_file import MICROSOFT, WeightFile, save_graph
-from gptedge.quantize.passes import Target, find_targets
-from gptedge.quantize.recipes import Group, Recipe, Scheme
+from gptedge.onnx_file import WeightFile
+from gptedge.quantize import integer_products
+from gptedge.quantize.integer_products import ROLES, Columns
+from gptedge.quantize.passes import Target, find_targets, replacements
+from gptedge.quantize.recipes import WHOLE_ROWS, Group, Recipe, Scheme
 from gptedge.quantize.smooth import smoothed
 from gptedge.quantize.walk import Read, Walk
 
 PREFILLS = ("int8",)
 """What `quantize --prefill` takes."""
 
-_LAYERS = Recipe("the layers' products", (Group("blocks.*", Scheme(8, 64, symmetric=True, steps=1), smooth=True),))
-_MIDDLE, _LARGEST = 128, 127
-_TINY = np.finfo(np.float32).tiny
+_SCHEME = Scheme(8, WHOLE_ROWS, symmetric=True, steps=1)
+_LAYERS = Recipe("the layers' products", (Group("blocks.*", _SCHEME, smooth=True),))
+
+
+def gains(targets: Iterable[Target]) -> bool:
+    """Whether a graph for prompts reads them faster than the bundle's own, whose `targets` these are: not where all of
+    its layers multiply integers already."""
+    return not all(t.scheme.whole_rows for t in targets if _LAYERS.group_of(t.weight))
 
 
 def write_prefill(
@@ -59,58 +61,38 @@ def write_prefill(
         own = sorted(smoothing.changed(targets) | vectors)
         made = [file.add(name, [smoothing.read(initializers[name])]) for name in own]
         for target in targets:
-            made += _integers(target, smoothing.read(initializers[target.weight]), file)
-    _replace(graph.graph, targets, {t.name: t for t in (*made, *constants())})
+            arrays = Columns.of(smoothing.read(initializers[target.weight])).arrays()
+            made += [file.add(_name(target, role), [array]) for role, array in arrays.items()]
+    products = {node.name: node for node in source.graph.node}
+    _replace(graph.graph, targets, products, {t.name: t for t in (*made, *integer_products.constants())})
     _cut_off_logits(graph.graph)
-    save_graph(folder / PREFILL, graph)
+    integer_products.save(folder / PREFILL, graph)
 
 
-def _integers(target: Target, rows: npt.NDArray[Any], file: WeightFile) -> Iterator[TensorProto]:
-    """The weight as onnxruntime multiplies it: [K, N], and a scale for each of its N columns."""
-    rows = np.asarray(rows, np.float32)
-    scales = np.maximum(np.abs(rows).max(1), _TINY) / _LARGEST  # cutting off a range of 255 steps never paid
-    integers = np.clip(np.rint(rows / scales[:, None]), -_LARGEST, _LARGEST) + _MIDDLE
-    yield file.add(f"{target.weight}.prefill", [np.ascontiguousarray(integers.T.astype(np.uint8))])
-    yield file.add(f"{target.weight}.prefill.scales", [scales])
+def write_own(folder: Path, model: onnx.ModelProto) -> None:
+    """Add the bundle's own graph, over its own weights, as the one for prompts: without logits."""
+    graph = onnx.ModelProto()
+    graph.CopyFrom(model)
+    _cut_off_logits(graph.graph)
+    integer_products.save(folder / PREFILL, graph)
 
 
-def constants() -> list[TensorProto]:
-    """What every `integer_product` reads."""
-    values = {
-        "prefill.axis": np.array([-1]),
-        "prefill.tiny": np.array(_TINY, np.float32),
-        "prefill.step": np.array(1 / _LARGEST, np.float32),
-        "prefill.one": np.array(1, np.float32),
-        "prefill.middle": np.array(_MIDDLE, np.uint8),
-    }
-    return [onnx.numpy_helper.from_array(value, name) for name, value in values.items()]
+def _name(target: Target, role: str) -> str:
+    return f"{target.weight}.prefill.{role}"
 
 
-def integer_product(node: NodeProto, weight: str) -> Iterator[NodeProto]:
-    """What stands in for a product `node`: x [B, T, K] in steps of its rows' largest values / 127, times integers."""
-    x, y, name = node.input[0], node.output[0], node.name
-    steps: tuple[tuple[str, list[str], str, dict[str, Any]], ...] = (
-        ("Abs", [x], "abs", {}),
-        ("ReduceMax", [f"{name}.abs", "prefill.axis"], "largest", {"keepdims": 1}),
-        ("Max", [f"{name}.largest", "prefill.tiny"], "range", {}),
-        ("Mul", [f"{name}.range", "prefill.step"], "step", {}),
-        ("Div", [x, f"{name}.step"], "steps", {}),
-        ("QuantizeLinear", [f"{name}.steps", "prefill.one", "prefill.middle"], "rounded", {}),
-    )
-    for kind, inputs, output, attributes in steps:
-        yield helper.make_node(kind, inputs, [f"{name}.{output}"], name=f"{name}.{output}", **attributes)
-    factors = [f"{name}.rounded", f"{weight}.prefill", "prefill.one", f"{weight}.prefill.scales"]
-    inputs, product = [*factors, "prefill.middle", "prefill.middle"], f"{name}.product"
-    yield helper.make_node("MatMulIntegerToFloat", inputs, [product], name=product, domain=MICROSOFT)
-    yield helper.make_node("Mul", [product, f"{name}.step"], [y], name=name)
-
-
-def _replace(graph: onnx.GraphProto, targets: Iterable[Target], made: dict[str, TensorProto]) -> None:
-    """Put integer products in the place of the targets', and `made` initializers beside or in the place of others."""
-    weights = {product: target.weight for target in targets for product in target.products}
-    nodes: list[NodeProto] = []
-    for node in graph.node:
-        nodes += integer_product(node, weights[node.name]) if node.name in weights else [node]
+def _replace(
+    graph: onnx.GraphProto,
+    targets: Iterable[Target],
+    products: dict[str, NodeProto],
+    made: dict[str, TensorProto],
+) -> None:
+    """Put integer products in the place of the targets', which `products` has as they were in the float graph, and
+    `made` initializers beside or in the place of others."""
+    instead: dict[str, list[NodeProto]] = {}
+    for target in targets:
+        instead |= replacements(target, {role: _name(target, role) for role in ROLES}, products)
+    nodes = [new for node in graph.node for new in instead.get(node.name, [node])]
     kept = [t for t in graph.initializer if t.name not in made]
     del graph.node[:], graph.initializer[:]
     graph.node.extend(nodes)

@@ -28,7 +28,7 @@ from gptedge.bundle import (
     MANIFEST,
     OUTPUT_ERRORS,
     PREFILL,
-    PREFILL_DATA,
+    PREFILL_FILES,
     Bundle,
     open_bundle,
     verify,
@@ -40,13 +40,14 @@ from gptedge.measure import peak_rss_mb
 from gptedge.onnx_file import PAGE, WeightFile, load_graph, offset_of, read_initializer, save_graph
 from gptedge.progress import Report, silent
 from gptedge.quantize import calibration as calibration_text
-from gptedge.quantize import mixed, smooth
+from gptedge.quantize import integer_products, mixed, smooth
+from gptedge.quantize import prefill as prompts
 from gptedge.quantize.calibrated import Calibrator
 from gptedge.quantize.calibration import Windows, own_windows, text_windows
 from gptedge.quantize.equalize import equalize
+from gptedge.quantize.integer_products import Columns
 from gptedge.quantize.kv_cache import CACHES, quantize_cache
 from gptedge.quantize.passes import Target, find_matrices, find_targets, rewrite
-from gptedge.quantize.prefill import PREFILLS, write_prefill
 from gptedge.quantize.recipes import FLOAT_RECIPES, Recipe, find_recipe
 from gptedge.quantize.rounding import Blocks, quantize_matrix
 from gptedge.quantize.walk import Read, Walk
@@ -105,7 +106,7 @@ def quantize(
         raise UsageError(f"recipe {name} {'needs' if rows.fills_target else 'takes no'} target size (--target-mb)")
     if target_mb is not None and not 0 < target_mb < math.inf:
         raise UsageError(f"target_mb is {target_mb:g}; give a size in MB, above 0")
-    for option, value, known in (("prefill", prefill, PREFILLS), ("kv", kv, CACHES)):
+    for option, value, known in (("prefill", prefill, prompts.PREFILLS), ("kv", kv, CACHES)):
         if value is not None and value not in known:
             raise UsageError(f"{option} is {value!r}; it must be one of {', '.join(known)}")
     bundle = open_bundle(Path(source))
@@ -120,11 +121,12 @@ def quantize(
     write = job.distilled(Path(out), calibration) if rows.distill_steps else job.rounded(calibration)
     with new_folder(Path(out), force=force) as folder:
         for file in bundle.manifest["files"]:
-            if file not in (GRAPH, GRAPH_DATA, PREFILL, PREFILL_DATA, MANIFEST):
+            if file not in (GRAPH, GRAPH_DATA, MANIFEST):
                 shutil.copyfile(bundle.path / file, folder / file)
         kept = {fact: bundle.manifest[fact] for fact in _KEPT if fact in bundle.manifest}
-        options = {"prefill": prefill, KV: kv}
-        facts = kept | {name: value for name, value in options.items() if value} | write(folder)
+        measured = write(folder)
+        options = {"prefill": prefill if (folder / PREFILL).exists() else None, KV: kv}
+        facts = kept | {name: value for name, value in options.items() if value} | measured
         write_manifest(folder, family=bundle.manifest["family"], recipe=name, packages=("onnx",), **facts)
     made = open_bundle(Path(out))
     remove_work(Path(out))
@@ -276,9 +278,11 @@ class _Job:
             known = {t.weight for t in targets} - {t.weight for t in smoothed}  # smoothing changes what counts
             importance = {name: value for name, value in equalized.importance.items() if name in known}
             self._rewrite(model, targets, read, importance, calibrator, file, pool)
-        save_graph(folder / GRAPH, model)
-        if few is not None and self.prefill:
-            write_prefill(folder, source, model, read, few, self.threads)
+        integer_products.save(folder / GRAPH, model)
+        if few is not None and self.prefill and prompts.gains(targets):
+            prompts.write_prefill(folder, source, model, read, few, self.threads)
+        elif self.prefill and self.kv:  # whose keys are read slowly by many rows at once (see kv_cache.py)
+            prompts.write_own(folder, model)
         return {OUTPUT_ERRORS: calibrator.output_errors} if calibrator else {}
 
     def _token_weights(
@@ -328,7 +332,10 @@ class _Job:
         def store(target: Target) -> dict[str, TensorProto]:
             nonlocal done
             rows = read(initializers[target.weight])
-            if calibrator and target.group.method == "gptq":
+            blocks: Blocks | Columns
+            if target.scheme.whole_rows:
+                blocks = Columns.of(rows)
+            elif calibrator and target.group.method == "gptq":
                 blocks = calibrator.quantize(target, rows)
             else:
                 blocks = quantize_matrix(rows, target.scheme, importance.get(target.weight), pool)
@@ -355,7 +362,7 @@ def _copy_graph(source: Path, folder: Path, *, changed: Mapping[str, npt.NDArray
     """The graph of one folder in another, with other values of some initializers; each stays at its place in the file,
     where the graph for prompts finds the table."""
     model = load_graph(source / GRAPH)
-    for name in (PREFILL, PREFILL_DATA):
+    for name in PREFILL_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
     with WeightFile(folder / GRAPH_DATA) as file:
@@ -368,5 +375,5 @@ def _copy_graph(source: Path, folder: Path, *, changed: Mapping[str, npt.NDArray
     return {}
 
 
-def _initializers(file: WeightFile, name: str, blocks: Blocks) -> dict[str, TensorProto]:
+def _initializers(file: WeightFile, name: str, blocks: Blocks | Columns) -> dict[str, TensorProto]:
     return {role: file.add(f"{name}.{role}", [array]) for role, array in blocks.arrays().items()}

@@ -16,6 +16,8 @@ from gptedge.text import read_text
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 """Those that onnxruntime's MatMulNBits has kernels for."""
+WHOLE_ROWS = 0
+"""The block size that stands for a whole row: products of integers (see integer_products.py)."""
 FLOAT_RECIPES = ("fp32", "fp16")
 """What bundles are called that are not quantized."""
 METHODS = ("rtn", "gptq")
@@ -29,7 +31,7 @@ class Scheme:
     bits: int
     """4 or 8."""
     block_size: int
-    """Values along a row that share a scale: one of BLOCK_SIZES."""
+    """Values along a row that share a scale: one of BLOCK_SIZES, or WHOLE_ROWS, which takes 8 bits, symmetric."""
     symmetric: bool
     """The zero point is the middle of the range, and is not stored."""
     steps: int
@@ -38,10 +40,19 @@ class Scheme:
     def __post_init__(self) -> None:
         if self.bits not in (4, 8):
             raise UsageError(f"bits is {self.bits}; it must be 4 or 8")
-        if self.block_size not in BLOCK_SIZES:
-            raise UsageError(f"block_size is {self.block_size}; it must be one of {', '.join(map(str, BLOCK_SIZES))}")
+        if self.block_size not in (*BLOCK_SIZES, WHOLE_ROWS):
+            sizes = ", ".join(map(str, BLOCK_SIZES))
+            raise UsageError(
+                f"block_size is {self.block_size}; it must be one of {sizes}, or {WHOLE_ROWS} for whole rows"
+            )
+        if self.whole_rows and (self.bits != 8 or not self.symmetric):
+            raise UsageError(f"block_size {WHOLE_ROWS}, whole rows, takes 8 bits and symmetric = true")
         if self.steps < 1:
             raise UsageError(f"steps is {self.steps}; it must be at least 1")
+
+    @property
+    def whole_rows(self) -> bool:
+        return self.block_size == WHOLE_ROWS
 
 
 @dataclass(frozen=True)
@@ -69,6 +80,8 @@ class Group:
             raise UsageError(f"{self.match}: first_token is {self.first_token}; it must be at least 0")
         if self.widen and (self.scheme.bits != 8 or not self.scheme.symmetric):
             raise UsageError(f"{self.match}: weights that are widened at load must be of 8 bits and symmetric")
+        if self.scheme.whole_rows and (self.widen or self.method != "rtn"):
+            raise UsageError(f"{self.match}: whole rows (block_size {WHOLE_ROWS}) take the method rtn, and no widen")
 
 
 @dataclass(frozen=True)
@@ -90,6 +103,8 @@ class Recipe:
             raise UsageError("distill_steps trains 4-bit weights that are not symmetric, and no group is such")
         if self.distill_steps and any(g.widen for g in self.groups):
             raise UsageError("distill_steps takes no weights that are widened at load")
+        if self.distill_steps and any(g.scheme.whole_rows for g in self.groups):
+            raise UsageError(f"distill_steps takes no weights in whole rows (block_size {WHOLE_ROWS})")
 
     def group_of(self, name: str) -> Group | None:
         return next((g for g in self.groups if fnmatchcase(name, g.match)), None)
@@ -103,6 +118,7 @@ class Recipe:
 
 
 _INT8 = Scheme(bits=8, block_size=64, symmetric=True, steps=1)
+_INT8_ROWS = dataclasses.replace(_INT8, block_size=WHOLE_ROWS)
 _INT4 = Scheme(bits=4, block_size=32, symmetric=False, steps=12)
 _TABLES = (Group("embed.weight", _INT8), Group("head.weight", _INT8))
 _SMOOTH_TABLES = tuple(dataclasses.replace(g, smooth=True) for g in _TABLES)
@@ -112,7 +128,15 @@ _CALIBRATED = Group("*", _INT4, "gptq", equalize=True)
 _ATTENDED = dataclasses.replace(_CALIBRATED, match="*.attn.[qkv]*", first_token=30)
 
 RECIPES: Mapping[str, Recipe] = {
-    "int8": Recipe("8-bit weights in blocks of 64, activations smoothed", (Group("*", _INT8, smooth=True),)),
+    "int8": Recipe(
+        "8-bit products of integers, a scale for each row of a weight and each token, activations smoothed: fastest "
+        "for prompts, guesses and lists",
+        (*_SMOOTH_TABLES, Group("*", _INT8_ROWS, smooth=True)),
+    ),
+    "int8-block": Recipe(
+        "8-bit weights and activations in blocks of 64, activations smoothed: nearer to the float model",
+        (Group("*", _INT8, smooth=True),),
+    ),
     "int8-weight": Recipe(
         "8-bit weights in blocks of 64, widened when loaded: a small file, float speed and activations; needs no data",
         (Group("*", _INT8, widen=True),),

@@ -85,6 +85,19 @@ class _Quantized:
         return dequantize(part, self._scheme, self.shape[1])
 
 
+class _Integers:
+    """What a product of integers reads, transposed there."""
+
+    label = "8-bit, whole rows"
+
+    def __init__(self, columns: npt.NDArray[Any], scales: npt.NDArray[Any]) -> None:
+        self._columns, self._scales = columns, scales
+        self.shape = (columns.shape[1], columns.shape[0])
+
+    def rows(self, start: int, stop: int) -> FloatArray:
+        return np.asarray(self._columns[:, start:stop].T * self._scales[start:stop, None], np.float32)
+
+
 def weight_errors(bundle: Path, reference: Path) -> list[WeightError]:
     """Of every weight of the reference that is a matrix, in its graph's order."""
     originals, stored = _matrices(reference), _matrices(bundle)
@@ -109,10 +122,17 @@ def _matrices(folder: Path) -> dict[str, _Stored]:
     model = load_graph(folder / GRAPH)
     tensors = {t.name: t for t in model.graph.initializer}
     found: dict[str, _Stored] = {}
+    made: _Stored | None
     for name, tensor in tensors.items():
         base, _, role = name.rpartition(".")
         plain = plain_name(name)
-        if role == "packed" and (made := _quantized(model, tensors, base, folder)):
+        if role == "packed":
+            made = _quantized(model, tensors, base, folder)
+        elif role == "columns":
+            made = _integers(tensor, tensors.get(f"{base}.scales"), folder)
+        else:
+            made = None
+        if made is not None:
             found[plain_name(base)] = made
         elif plain.endswith(".weight") and len(tensor.dims) == 2 and tensor.data_type in _FLOATS:
             found[plain] = _Float(tensor, folder)
@@ -139,6 +159,13 @@ def _quantized(model: ModelProto, tensors: Mapping[str, TensorProto], base: str,
         and (zero is None or (zero.dtype == np.uint8 and zero.shape == (len(scales), -(-scales.shape[1] * bits // 8))))
     )
     return _Quantized(arrays, bits, block, numbers.get("K", scales.shape[1] * block)) if fits and bits else None
+
+
+def _integers(columns: TensorProto, scales: TensorProto | None, folder: Path) -> _Integers | None:
+    """None where the layout is another than ours."""
+    if columns.data_type != TensorProto.INT8 or scales is None or list(scales.dims) != list(columns.dims[1:]):
+        return None
+    return _Integers(read_initializer(columns, folder), read_initializer(scales, folder))
 
 
 def _place(name: str) -> tuple[int | None, str]:

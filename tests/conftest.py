@@ -127,14 +127,14 @@ def portable_bundle(tiny_checkpoint: Path) -> Path:
     return export(tiny_checkpoint, tiny_checkpoint.parent / "portable", portable=True).bundle
 
 
-@pytest.fixture(scope="session", params=["int8", "int8-weight", "int4-rtn", "int4"])
+@pytest.fixture(scope="session", params=["int8", "int8-block", "int8-weight", "int4-rtn", "int4"])
 def quantized_bundle(request: pytest.FixtureRequest, tiny_bundle: Path) -> Path:
     from gptedge.quantize.quantizer import quantize
 
     return quantize(tiny_bundle, tiny_bundle.parent / request.param, recipe=request.param).bundle
 
 
-@pytest.fixture(scope="session", params=["int8-weight", "int8", "int4-rtn"])
+@pytest.fixture(scope="session", params=["int8-weight", "int8", "int8-block", "int4-rtn"])
 def small_cache_bundle(request: pytest.FixtureRequest, tiny_bundle: Path) -> Path:
     """A bundle whose keys and values are int8."""
     return _with_small_cache(tiny_bundle, request.param)

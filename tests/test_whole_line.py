@@ -59,7 +59,7 @@ def test_smollm2_answers(smollm2: Path, recipe: str) -> None:
     assert got["text"].startswith("Gravity is a fundamental concept in")
     with gptedge.load(smollm2 / recipe) as model:
         chat = model.chat(max_tokens=40)
-        chat.send(QUESTION)
+        first = chat.send(QUESTION)
         second = chat.send("Who discovered it?")
         assert len(second.text) > 20
-        assert second.timings.cached_tokens > 60
+        assert second.timings.cached_tokens >= first.usage.prompt_tokens + first.usage.completion_tokens - 1

@@ -18,7 +18,7 @@ def command(
     bundle: BundleArgument,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The new bundle's folder.")],
     recipe: Annotated[
-        str, typer.Option(help="int8, int8-weight, int4, int4-rtn, int4-distill, mixed, or a .toml file.")
+        str, typer.Option(help="int8, int8-block, int8-weight, int4, int4-rtn, int4-distill, mixed, or a .toml file.")
     ] = "int8",
     target_mb: Annotated[float | None, typer.Option(help="Size of graph and weights that mixed fills, in MB.")] = None,
     calibration: Annotated[
@@ -73,6 +73,8 @@ def command(
         if kept_work(out):
             say(f"gptedge: what was done for {out} is kept; the same command goes on with it")
         raise
+    if prefill and not result.prefill_mb:
+        say(f"gptedge: {recipe} reads prompts by 8-bit products itself, so that no graph for prompts was added")
     facts: dict[str, Any] = {"size_mb": result.size_mb}
     if text is not None:
         facts |= measure(out, text, reference=bundle, context=context, max_windows=max_windows, threads=threads)

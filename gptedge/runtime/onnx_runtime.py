@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+
 from gptedge.errors import BundleError, MissingExtraError, UsageError
 from gptedge.interrupts import interrupts_held
 
+# MatMulInteger(a: uint8, b: int8) -> y, as an ONNX file of opset 13; tests write it anew with the onnx package.
+_PRODUCT = (
+    b'\x08\x07:h\n\x18\n\x01a\n\x01b\x12\x01y"\rMatMulInteger\x12\x07productZ\x15\n\x01a\x12\x10\n\x0e\x08\x02\x12\n\n\x03'
+    b"\x12\x01m\n\x03\x12\x01kZ\x15\n\x01b\x12\x10\n\x0e\x08\x03\x12\n\n\x03\x12\x01k\n\x03\x12\x01nb\x15\n\x01y\x12\x10"
+    b"\n\x0e\x08\x06\x12\n\n\x03\x12\x01m\n\x03\x12\x01nB\x04\n\x00\x10\r"
+)
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
@@ -41,6 +50,17 @@ def choose_provider(wanted: str | None, available: list[str]) -> str:
 def device_of(provider: str) -> str:
     """Where a provider, by its full name, keeps its tensors: cpu or cuda."""
     return next(name for name, full in PROVIDERS.items() if full == provider)
+
+
+@cache
+def multiplies_signed_bytes() -> bool:
+    """Whether this processor multiplies unsigned by signed bytes exactly: those without VNNI add pairs of products in
+    saturating 16 bits. Found out by a product whose pairs overflow them."""
+    ort = import_onnxruntime()
+    session = ort.InferenceSession(_PRODUCT, session_options(ort, 1), providers=[PROVIDERS["cpu"]])
+    a, b = np.full((4, 64), 255, np.uint8), np.full((64, 16), 127, np.int8)
+    (got,) = session.run(None, {"a": a, "b": b})
+    return bool((got == 64 * 255 * 127).all())
 
 
 def open_graph(ort: Any, path: Path, options: Any, wanted: str | None) -> tuple[Any, str]:

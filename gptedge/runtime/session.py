@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gptedge.bundle import GRAPH, PREFILL, PREFILL_DATA, Bundle, verify
+from gptedge.bundle import GRAPH, PREFILL, PREFILL_DATA, Bundle, signed, verify
 from gptedge.errors import BundleError, ContextOverflowError, UsageError
 from gptedge.graph_io import (
     ATTENTION_MASK,
@@ -38,6 +38,7 @@ from gptedge.runtime.onnx_runtime import (
     choose_provider,
     device_of,
     import_onnxruntime,
+    multiplies_signed_bytes,
     open_graph,
     session_options,
 )
@@ -95,11 +96,17 @@ class Session:
         names = self._unverified.get(graph)
         with ThreadPoolExecutor(1, "gptedge-verify") as pool:
             checked = pool.submit(verify, self.bundle, names=names) if names else None
-            opened = open_graph(self._ort, self.bundle.path / graph, options, provider)
+            opened = open_graph(self._ort, self._fit(graph, provider), options, provider)
             if checked:
                 checked.result()
         self._unverified.pop(graph, None)
         return opened
+
+    def _fit(self, graph: str, provider: str | None) -> Path:
+        """The file of a graph that suits the processor; both of them compute the same numbers."""
+        twin = self.bundle.path / signed(graph)
+        on_cpu = choose_provider(provider, self._ort.get_available_providers()) == PROVIDERS["cpu"]
+        return twin if on_cpu and twin.exists() and multiplies_signed_bytes() else self.bundle.path / graph
 
     def _open_ahead(self) -> Future[Any] | None:
         """Begin to open the graph for prompts, where the bundle has one."""

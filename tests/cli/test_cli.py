@@ -207,3 +207,10 @@ def test_a_named_file_and_a_resumed_run_win_over_the_table(
     monkeypatch.setenv("GPTEDGE_TRAIN_MAX_STEPS", "4")
     assert steps("--resume") == 4
     assert json.loads((tmp_path / "m" / "state" / "run.json").read_text())["config"]["threads"] == 1
+
+
+def test_a_recipe_that_needs_no_graph_for_prompts_says_so(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["quantize", str(tiny_bundle), str(tmp_path / "q"), "--recipe", "int8", "--prefill", "int8"]) == 0
+    assert "int8 reads prompts by 8-bit products itself" in capsys.readouterr().err

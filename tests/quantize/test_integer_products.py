@@ -1,0 +1,159 @@
+"""Products of integers: exact at the ends of their ranges, the same in both spellings, and token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from gptedge.bundle import GRAPH, GRAPH_DATA, open_bundle, signed
+from gptedge.onnx_file import IR_VERSION, OPSETS, load_graph
+from gptedge.quantize import integer_products
+from gptedge.quantize.integer_products import Columns
+from gptedge.quantize.quantizer import quantize
+from gptedge.quantize.smooth import least_noise
+from gptedge.runtime import onnx_runtime
+from gptedge.runtime.onnx_runtime import import_onnxruntime, multiplies_signed_bytes
+from gptedge.runtime.session import Session
+from tests.conftest import TEXT
+
+K, N = 64, 8
+Run = Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]
+
+
+def made(weight: npt.NDArray[np.float32], folder: Path) -> list[Run]:
+    """x [B, T, K] -> x @ weight.T through the graph that is right everywhere, then the signed one where it is, too."""
+    node = helper.make_node("FusedMatMul", ["x", "w"], ["y"], name="p", transB=1)
+    values = Columns.of(weight).arrays()
+    graph = helper.make_graph(
+        [*integer_products.unsigned("columns"), *integer_products.product(node, "columns", "scales")],
+        "product",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, None, weight.shape[1]])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [*(onnx.numpy_helper.from_array(a, n) for n, a in values.items()), *integer_products.constants()],
+    )
+    model = helper.make_model(graph, opset_imports=OPSETS, ir_version=IR_VERSION)
+    integer_products.save(folder / GRAPH, model)
+    ort = import_onnxruntime()
+    names = [GRAPH, *([signed(GRAPH)] if multiplies_signed_bytes() else [])]
+    sessions = [ort.InferenceSession(str(folder / n), providers=["CPUExecutionProvider"]) for n in names]
+    return [lambda x, s=s: s.run(None, {"x": x})[0] for s in sessions]
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_it_does_not_saturate(sign: int, tmp_path: Path) -> None:
+    """Where sums of signed and unsigned bytes overflow 16 bits without VNNI."""
+    scales = np.linspace(0.5, 2, N, dtype=np.float32)
+    x = np.full((1, 3, K), 5.0, np.float32)
+    x[0, 2] = np.linspace(-5, 5, K)
+    for run in made(np.outer(scales, np.full(K, sign * 127.0, np.float32)), tmp_path):
+        wanted = np.rint(x / (5 / 127)) * (5 / 127) @ np.full((K, N), sign * 127.0) * scales
+        np.testing.assert_allclose(run(x), wanted, rtol=1e-5, atol=1e-2)
+
+
+def test_a_token_has_its_own_scale(tmp_path: Path) -> None:
+    """So it comes out the same alone and among others, a thousand times as large, or zeros; to the last bit."""
+    rng = np.random.default_rng(0)
+    weight, x = rng.standard_normal((N, K)).astype(np.float32), rng.standard_normal((2, 5, K)).astype(np.float32)
+    x[0, 1], x[1, 3] = 0, 1000 * x[1, 3]
+    results = [run(x) for run in made(weight, tmp_path)]
+    for run, together in zip(made(weight, tmp_path), results, strict=True):
+        np.testing.assert_array_equal(together, results[0])
+        for b, t in np.ndindex(2, 5):
+            np.testing.assert_array_equal(together[b, t], run(x[b : b + 1, t : t + 1])[0, 0])
+    assert not results[0][0, 1].any()
+    error = np.linalg.norm(results[0] - x @ weight.T) / np.linalg.norm(x @ weight.T)
+    assert 0 < error < 0.01
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    text = tmp_path_factory.mktemp("integers") / "text.txt"
+    text.write_text(TEXT, encoding="utf-8")
+    return quantize(tiny_bundle, text.parent / "int8", recipe="int8", calibration=text, threads=1).bundle
+
+
+def test_both_graphs_read_the_same_bytes_and_give_the_same_logits(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, twin = (load_graph(bundle / name) for name in (GRAPH, signed(GRAPH)))
+    weights = (model.graph.initializer for model in (plain, twin))
+    places = [{t.name: [(e.key, e.value) for e in t.external_data] for t in tensors} for tensors in weights]
+    assert places[0] == places[1]
+    assert {node.op_type for node in plain.graph.node} - {node.op_type for node in twin.graph.node} == {"BitwiseXor"}
+    logits = []
+    for exact in (True, False):
+        monkeypatch.setattr("gptedge.runtime.session.multiplies_signed_bytes", lambda exact=exact: exact)
+        session = Session(open_bundle(bundle), threads=1)
+        assert session._fit(GRAPH, "cpu").name == (signed(GRAPH) if exact else GRAPH)
+        logits.append(session.run(list(range(40)), session.new_cache(), every_row=True))
+    if multiplies_signed_bytes():
+        np.testing.assert_array_equal(*logits)
+
+
+def test_a_row_has_one_scale_and_the_table_blocks(bundle: Path) -> None:
+    tensors = {t.name: t for t in load_graph(bundle / GRAPH).graph.initializer}
+    assert list(tensors["blocks.0.mlp.down.weight.scales"].dims) == [
+        tensors["blocks.0.mlp.down.weight.columns"].dims[1]
+    ]
+    assert len(tensors["embed.weight.scales"].dims) == 2
+    assert (bundle / GRAPH_DATA).stat().st_size == open_bundle(bundle).manifest["files"][GRAPH_DATA]["size"]
+
+
+def test_the_probe_is_the_product_it_says() -> None:
+    """Its bytes, written anew; and a processor that saturates is told from one that does not."""
+    kinds = {"a": TensorProto.UINT8, "b": TensorProto.INT8, "y": TensorProto.INT32}
+    shapes = {"a": ["m", "k"], "b": ["k", "n"], "y": ["m", "n"]}
+    a, b, y = (helper.make_tensor_value_info(name, kinds[name], shapes[name]) for name in kinds)
+    graph = helper.make_graph([helper.make_node("MatMulInteger", ["a", "b"], ["y"])], "product", [a, b], [y])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=7)
+    assert model.SerializeToString(deterministic=True) == onnx_runtime._PRODUCT
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_the_probe_notices_saturation(exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Processor:
+        """Adds pairs of products as a processor without VNNI does, unless it is exact."""
+
+        def run(self, _: None, feeds: dict[str, npt.NDArray[np.int8]]) -> list[npt.NDArray[np.int32]]:
+            a, b = (feeds[name].astype(np.int32) for name in "ab")
+            pairs = a[:, 0::2, None] * b[None, 0::2] + a[:, 1::2, None] * b[None, 1::2]
+            return [(pairs if exact else np.clip(pairs, -(2**15), 2**15 - 1)).sum(1)]
+
+    monkeypatch.setattr(import_onnxruntime(), "InferenceSession", lambda *_, **__: Processor())
+    multiplies_signed_bytes.cache_clear()
+    try:
+        assert multiplies_signed_bytes() is exact
+    finally:
+        multiplies_signed_bytes.cache_clear()
+
+
+def rounded(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    step = np.abs(values).max(1, keepdims=True) / 127
+    return np.rint(values / step) * step
+
+
+def test_least_noise_leaves_less_than_it_was_given() -> None:
+    """Activations with a few channels far larger than the rest, in different tokens."""
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((300, 96)).astype(np.float32)
+    x[:, :3] *= 30 * rng.random((300, 3)).astype(np.float32)
+    w = rng.standard_normal((80, 96)).astype(np.float32)
+    w[:, 50] *= 8
+    channels = np.arange(96) // 2  # two columns share a factor, as heads that share values do
+
+    def error(f: npt.NDArray[np.float32]) -> float:
+        f = f[channels]
+        return float(np.linalg.norm(rounded(x / f) @ rounded(w * f).T - x @ w.T))
+
+    plain, start = np.ones(48, np.float32), np.linspace(0.7, 1.4, 48, dtype=np.float32)
+    found = least_noise(x, w, channels, start)
+    assert error(found) < 0.6 * error(plain)
+    assert error(found) < 0.6 * error(start)
+    assert np.log(found).mean() == pytest.approx(0, abs=1e-4)
+    np.testing.assert_array_equal(found, least_noise(x, w, channels, start))
