@@ -128,7 +128,7 @@ def steps(
         if not left or cancelled.is_set():
             return
         if guess:
-            lookup.learn(len(guess), right)
+            lookup.learn(right)
         kept = len(cache) + 1
         guess = lookup.guess(session.room_to_guess(cache, left))
         rows = session.checked([token, *guess], cache)

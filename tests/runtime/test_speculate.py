@@ -29,12 +29,18 @@ PARAMS: dict[str, dict[str, Any]] = {
 def learned(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """How many tokens each guess had, and how many were right."""
     seen: list[tuple[int, int]] = []
-    learn = PromptLookup.learn
+    guessed: list[int] = []
+    guess, learn = PromptLookup.guess, PromptLookup.learn
 
-    def note(self: PromptLookup, guessed: int, right: int) -> None:
-        seen.append((guessed, right))
-        learn(self, guessed, right)
+    def note_guess(self: PromptLookup, room: int) -> list[int]:
+        guessed[:] = guess(self, room)
+        return list(guessed)
 
+    def note(self: PromptLookup, right: int) -> None:
+        seen.append((len(guessed), right))
+        learn(self, right)
+
+    monkeypatch.setattr(PromptLookup, "guess", note_guess)
     monkeypatch.setattr(PromptLookup, "learn", note)
     return seen
 
@@ -134,24 +140,46 @@ def test_guesses_go_on_as_the_text_did() -> None:
     assert lookup.guess(10) == [7, 1, 2]  # the latest time
 
 
-def test_a_loop_goes_on_as_long_as_it_is_trusted() -> None:
-    lookup = PromptLookup([8, 9] * 4)
-    for length in (3, 7, 15, LONGEST, LONGEST):
-        guess = lookup.guess(100)
-        assert guess == ([8, 9] * LONGEST)[:length]
-        lookup.learn(length, length)
+def test_a_loop_goes_on_as_long_as_it_was_one() -> None:
+    loop, at = [8, 9] * 99, 8
+    lookup = PromptLookup(loop[:at])
+    for length in (6, 13, 27, LONGEST, LONGEST):
+        assert lookup.guess(100) == loop[at : at + length]
+        for token in loop[at : at + length + 1]:
+            lookup.append(token)
+        at += length + 1
 
 
 def test_bad_guesses_make_it_careful_and_good_ones_bold() -> None:
-    lookup = PromptLookup([1, 2, 3, 4, 5, 6, 7, 8, 1, 2, 3, 4])
-    lookup.learn(3, 0)
-    assert lookup.guess(9) == [5]
-    lookup.learn(1, 0)
+    lookup = PromptLookup([1, 2, 3, 4, 5, 6, 7, 8, 1, 2])
+    assert lookup.guess(9) == []  # two alike are too few at first
+    for token in (3, 4):
+        lookup.append(token)
+        assert lookup.guess(9)[0] == token + 1
+        lookup.learn(0)
     assert lookup.guess(9) == []  # four alike are too few now
     lookup.append(5)
-    assert lookup.guess(9) == [6]
-    lookup.learn(1, 1)
-    assert lookup.guess(9) == [6, 7, 8]
+    lookup.learn(0)
+    assert lookup.guess(9) == [6, 7, 8, 1, 2]  # but five always do
+    lookup = PromptLookup([1, 2, 3, 4, 1, 2])
+    lookup.learn(1)
+    assert lookup.guess(9) == [3, 4, 1]  # two are enough after a right guess
+
+
+SOURCE = list(range(100, 140))
+COPIED = SOURCE[:10]
+
+
+def test_a_place_is_kept_though_its_tokens_occurred_again_since() -> None:
+    """A triple in the midst of what is copied went on otherwise elsewhere, later."""
+    assert PromptLookup([*SOURCE, 0, *SOURCE[4:7], 5, 0, *COPIED[:7]]).guess(2) == SOURCE[7:9]
+
+
+def test_where_nothing_repeats_nothing_is_guessed() -> None:
+    lookup = PromptLookup([])
+    for token in range(100):
+        lookup.append(token)
+        assert lookup.guess(31) == []
 
 
 def test_texts_too_short_to_look_anything_up() -> None:
