@@ -170,6 +170,57 @@ SOURCE = list(range(100, 140))
 COPIED = SOURCE[:10]
 
 
+@pytest.mark.parametrize(
+    ("departure", "back"),
+    [
+        pytest.param([], 12, id="left out"),
+        pytest.param([1], 10, id="put in"),
+        pytest.param([1, 2, 3], 10, id="several put in"),
+        pytest.param([1], 11, id="replaced"),
+        pytest.param([1, 2], 14, id="several replaced"),
+    ],
+)
+def test_a_copy_that_departs_is_taken_up_at_its_first_token_back(departure: list[int], back: int) -> None:
+    lookup = PromptLookup([*SOURCE, 0, *COPIED])
+    assert lookup.guess(31) == SOURCE[10:20]
+    for token in departure:
+        lookup.append(token)
+        assert lookup.guess(31) == []
+    lookup.append(SOURCE[back])
+    assert lookup.guess(31) == SOURCE[back + 1 : back + 4]
+
+
+def test_a_copy_is_taken_up_again_and_again() -> None:
+    lookup, guessed = PromptLookup([*SOURCE, 0, *COPIED]), 0
+    for at in range(10, 30, 6):  # each sixth token replaced
+        for token in (1, *SOURCE[at + 1 : at + 6]):
+            guessed += lookup.guess(1) == [token]
+            lookup.append(token)
+    assert guessed == 4 * 4
+
+
+def test_what_is_near_is_looked_for_for_a_while_and_only_when_much_was_copied() -> None:
+    words = list(range(200, 220))
+    for between, copied, back, found in [
+        (7, 10, 17, True),
+        (8, 10, 17, False),  # too late
+        (7, 10, 18, False),  # too far
+        (1, 5, 6, True),
+        (1, 4, 5, False),  # too short a copy
+        (1, 10, 9, False),  # what came before
+    ]:
+        lookup = PromptLookup([*SOURCE, 0, *SOURCE[:copied], *words[:between], SOURCE[back]])
+        assert bool(lookup.guess(9)) == found, (between, copied, back)
+
+
+def test_of_places_near_the_one_where_two_are_alike_comes_first() -> None:
+    source = [10, 11, 12, 13, 14, 15, 7, 20, 6, 7, 21, 7, 22]
+    lookup = PromptLookup([*source, 0, *source[:5], 7])
+    assert lookup.guess(2) == [20, 6]
+    lookup = PromptLookup([*source, 0, *source[:5], 6, 7])
+    assert lookup.guess(2) == [21, 7]
+
+
 def test_a_place_is_kept_though_its_tokens_occurred_again_since() -> None:
     """A triple in the midst of what is copied went on otherwise elsewhere, later."""
     assert PromptLookup([*SOURCE, 0, *SOURCE[4:7], 5, 0, *COPIED[:7]]).guess(2) == SOURCE[7:9]
