@@ -1,15 +1,16 @@
 """How fast gptedge and its peers run the same weights: every tool in turn, several rounds, fresh processes.
 
-    python benchmarks/speed.py [--rounds 3] [--tools "gptedge int4,genai int4"] [--settings chat,rewriting] [--work DIR]
+    python benchmarks/speed.py [--rounds 3] [--tools "gptedge int4,genai int4"] [--settings "chat,second turn"]
+                               [--work DIR]
 
 One model (reference_model.py) is made into what each tool runs, in --work, where it stays for the next time. Same
 prompt tokens, same number of new tokens, greedy, same threads. Prints, for each setting, medians, and their ratio to
 onnxruntime-genai's int4; and beside them what reading the weights and the KV cache once a token would take at the
 memory bandwidth measured here.
 
-A runner reads {"model", "prompt", "new", "second", "threads", "options"} as JSON, and prints a list: seconds of
+A runner reads {"model", "prompt", "new", "second", "threads", "options", "ends"} as JSON, and prints a list: seconds of
 loading, to the first token, and of the others; the tokens; the time of day of the first; seconds to the first token of
-a second turn; peak resident memory in MB.
+a second turn; peak resident memory in MB. A reply ends with any of the tokens "ends" (genai's with the model's own).
 """
 
 from __future__ import annotations
@@ -30,17 +31,29 @@ import peers
 import quality
 import reference_model
 
+from gptedge.bundle import open_bundle
 from gptedge.evaluate.bench import memory_bandwidth
 
 RUNNERS = Path(__file__).parent / "runners"
 BASIS = "genai int4"
-DRAFT = """The harbour town of Ellport wakes before the sun. Fishermen in yellow coats carry crates of ice down the
+NOTICE = """The harbour town of Ellport wakes before the sun. Fishermen in yellow coats carry crates of ice down the
 stone steps, and the first ferry sounds its horn at half past five. By six the bakery on Mill Street has
 sold most of its rye loaves, and children on bicycles race each other to the school bus. In the afternoon
 the market closes, gulls gather on the empty stalls, and the old lighthouse keeper, Martin Hale, winds
 the clock in the tower as he has done every day for forty-one years. On Sundays the brass band plays by
 the fountain until the lamps along the pier are lit."""
-REWRITING = f"Repeat the following text exactly, word for word, and change nothing:\n\n{DRAFT}"
+LETTER = """Dear Mrs Whitfield, thank you for the parcel that arrived on Tuesday morning. The blue vase was well packed
+and did not break on the way. My daughter has put it on the shelf beside the window, where it catches the light
+in the afternoon. We would like to order two more of the same size, one in green and one in white, if you still
+have them. Please send the bill to the address below, and tell us which day the driver will come, because we are
+away from the fourteenth to the twentieth of next month. With kind regards from all of us, Thomas Reed."""
+STORY = """Anna lived in a small house at the edge of the forest. Every morning she fed the hens, opened the shutters
+and put the kettle on the stove. Her brother Peter walked to the mill with a sack of grain on his shoulder, and
+Anna waved to him from the door until he was out of sight. In winter, when the snow lay deep, she read old books
+by the fire, and the cat slept on her knees. One evening there was a knock at the door, and Anna took the lamp
+from the table to see who it was. A tall stranger stood in the snow with a letter in his hand."""
+TEXTS = {"notice": NOTICE, "letter": LETTER, "story": STORY}
+REWRITING = "Repeat the following text exactly, word for word, and change nothing:\n\n"
 
 
 @dataclass(frozen=True)
@@ -55,17 +68,18 @@ class Tool:
 @dataclass(frozen=True)
 class Setting:
     prompt_tokens: int
-    """0: the request to rewrite a text."""
     new_tokens: int
     second: int = 0
     """Tokens of a second question."""
+    request: str = ""
+    """What is asked in chat form, in the place of so many tokens of a prompt."""
 
 
 SETTINGS = {
     "chat": Setting(64, 128),
     "prompt of 512": Setting(512, 128),
     "prompt of 2048": Setting(2048, 128),
-    "rewriting": Setting(0, 128),
+    **{f"rewriting a {name}": Setting(0, 128, request=REWRITING + text) for name, text in TEXTS.items()},
     "second turn": Setting(512, 32, second=32),
 }
 
@@ -171,21 +185,22 @@ def prompt_of(folder: Path, setting: Setting) -> list[int]:
     from gptedge.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.from_folder(folder)
-    if setting.prompt_tokens:
+    if not setting.request:
         return tokenizer.encode(" ".join(topics.values())[: 8 * setting.prompt_tokens])[: setting.prompt_tokens]
     chat = ChatPrompt(load_chat_template(folder), tokenizer)
-    return chat.encode(chat.render([{"role": "user", "content": REWRITING}]))
+    return chat.encode(chat.render([{"role": "user", "content": setting.request}]))
 
 
 def measure(names: list[str], setting: Setting, work: Path, rounds: int, threads: int) -> dict[str, list[Run]]:
     """Runs of each tool, in turn; those of the first round, which warm the disk's cache, are dropped."""
     prompt = prompt_of(checkpoint(work), setting)
     second = prompt[5 : 5 + setting.second]
+    ends = sorted(open_bundle(fp32(work)).eos_ids) if setting.request else []
     found: dict[str, list[Run]] = {name: [] for name in names}
     for _ in range(rounds + 1):
         for name in list(found):
             tool = TOOLS[name]
-            job = {"prompt": prompt, "new": setting.new_tokens, "second": second, "threads": threads}
+            job = {"prompt": prompt, "new": setting.new_tokens, "second": second, "threads": threads, "ends": ends}
             try:
                 job |= {"model": str(tool.make(work)), "options": dict(tool.options)}
                 found[name].append(one_run(tool, job))

@@ -27,6 +27,8 @@ def turn(prompt: list[int], new: int) -> tuple[list[int], float, float]:
     for token, _ in steps(model.session, cache, prompt, SamplingParams(max_tokens=new, temperature=0), Event()):
         first = first or time.perf_counter()
         out.append(token)
+        if token in work.get("ends", ()):
+            break
     return out, first - start, time.perf_counter() - first
 
 

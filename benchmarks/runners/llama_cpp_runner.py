@@ -25,7 +25,7 @@ def turn(prompt: list[int], new: int) -> tuple[list[int], float, float]:
     for token in model.generate(prompt, temp=0.0, repeat_penalty=1.0):
         first = first or time.perf_counter()
         out.append(token)
-        if len(out) == new:
+        if len(out) == new or token in work.get("ends", ()):
             return out, first - start, time.perf_counter() - first
     raise AssertionError("llama.cpp generates on and on")
 

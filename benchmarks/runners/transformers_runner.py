@@ -52,7 +52,7 @@ def turn(prompt: list[int], new: int) -> tuple[list[int], float, float]:
 
     start, clock = time.perf_counter(), Clock()
     ids = torch.tensor([prompt])
-    lengths = {"max_new_tokens": new, "min_new_tokens": new}
+    lengths = {"max_new_tokens": new, "min_new_tokens": 1 if work.get("ends") else new}
     out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, streamer=clock, **lengths)
     return out[0, len(prompt) :].tolist(), clock.first - start, time.perf_counter() - clock.first
 
