@@ -115,8 +115,7 @@ def rewrite(
     keep: Callable[[TensorProto], TensorProto],
 ) -> None:
     """Rewrite in place. `store` quantizes one target and gives its initializers by role (see rounding.Blocks, and
-    integer_products.Columns);
-    `keep` copies an initializer that stays as it is."""
+    integer_products.Columns); `keep` copies an initializer that stays as it is."""
     graph = model.graph
     quantized = {t.weight for t in targets}
     initializers = [keep(tensor) for tensor in graph.initializer if tensor.name not in quantized]

@@ -6,12 +6,15 @@ import dataclasses
 import re
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 
+from gptedge.bundle import open_bundle
 from gptedge.errors import UsageError
 from gptedge.quantize.quantizer import quantize
 from gptedge.quantize.recipes import RECIPES, Group, Recipe, Scheme, find_recipe, read_recipe
+from gptedge.runtime.session import Session
 
 GOOD = """
 summary = "down projections alone"
@@ -20,6 +23,9 @@ match = "*.down.weight"
 bits = 4
 block_size = 16
 """
+
+
+ROWS = GOOD.replace("4", "8").replace("16", "0") + "symmetric = true\n"
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -62,6 +68,12 @@ def test_fields_and_defaults(tmp_path: Path) -> None:
         (GOOD.replace("4", "3", 1), "bits is 3; it must be 4 or 8"),
         (GOOD.replace("16", "24"), "block_size is 24; it must be one of 16, 32, 64, 128, 256"),
         (GOOD.replace("16", "'16'"), "block_size is '16'; it must be of type int"),
+        (GOOD.replace("16", "24"), "or 0 for whole rows"),
+        (GOOD.replace("16", "0"), "block_size 0, whole rows, takes 8 bits and symmetric = true"),
+        (ROWS.replace("true", "false"), "block_size 0, whole rows, takes 8 bits and symmetric = true"),
+        (ROWS + "method = 'gptq'", "whole rows .* take the method rtn, and no widen"),
+        (ROWS + "widen = true", "whole rows .* take the method rtn, and no widen"),
+        ("distill_steps = 9\n" + ROWS + GOOD[GOOD.index("[[") :], "distill_steps takes no weights in whole rows"),
         (GOOD + "method = 'awq'", "method is 'awq'; it must be one of rtn, gptq"),
         (GOOD + "first_token = -1", "first_token is -1; it must be at least 0"),
         (GOOD + "widen = true", "must be of 8 bits and symmetric"),
@@ -79,6 +91,25 @@ def test_tables_must_be_symmetric(tiny_bundle: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"embed\.weight is looked up by rows: its scheme must be symmetric"):
         quantize(tiny_bundle, tmp_path / "out", recipe=str(path))
     assert [f.name for f in tmp_path.iterdir()] == ["mine.toml"]
+
+
+def test_a_table_takes_no_whole_rows(tiny_bundle: Path, tmp_path: Path) -> None:
+    path = write(tmp_path, ROWS.replace("*.down.weight", "*"))
+    with pytest.raises(UsageError, match=r"embed\.weight is looked up by rows: its block_size must not be 0"):
+        quantize(tiny_bundle, tmp_path / "out", recipe=str(path))
+
+
+def test_whole_rows_beside_calibrated_weights(tiny_bundle: Path, tmp_path: Path) -> None:
+    """What is calibrated later sees the products of integers that stand before it."""
+    gptq = GOOD.replace("down", "o") + "method = 'gptq'\n"
+    path = write(tmp_path, ROWS + gptq[gptq.index("[[") :])
+    quantize(tiny_bundle, tmp_path / "out", recipe=str(path), threads=1)
+    graph = onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False).graph
+    kinds = {n.op_type: n.name for n in graph.node if "blocks.2." in n.name}
+    assert kinds["MatMulIntegerToFloat"] == "blocks.2.mlp.down.product"
+    assert kinds["MatMulNBits"] == "blocks.2.attn.o"
+    session = Session(open_bundle(tmp_path / "out"), threads=1)
+    assert np.isfinite(session.run([1, 2, 3], session.new_cache())).all()
 
 
 def test_a_group_that_matches_nothing_is_refused(tiny_bundle: Path, tmp_path: Path) -> None:
