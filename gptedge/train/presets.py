@@ -18,7 +18,7 @@ class Preset:
     """RoPE, RMSNorm, SwiGLU, grouped-query attention and tied embeddings, in one size."""
 
     expected_time: str
-    """Of `max_steps`, on two cores without AMX."""
+    """Of `max_steps`, on two cores, in float32."""
     n_layer: int
     n_head: int
     n_kv_head: int

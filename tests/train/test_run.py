@@ -17,9 +17,11 @@ import transformers
 from gptedge.checkpoint import open_checkpoint
 from gptedge.errors import CheckpointError, DataError, OutputExistsError, UsageError
 from gptedge.tokenizer import Tokenizer
+from gptedge.train.blockwise import BLOCK
 from gptedge.train.config import TrainConfig
 from gptedge.train.model import GPT
 from gptedge.train.output import saved_config
+from gptedge.train.parts import multiplies_bfloat16
 from gptedge.train.run import run_training
 from gptedge.train.trainer import StepReport
 from tests.train.conftest import TINY
@@ -85,7 +87,7 @@ def test_the_result_says_what_was_done(texts: Path, tiny: TrainConfig, tmp_path:
     result = run_training([texts], tmp_path / "m", config=tiny, on_message=messages.append)
     model = GPT.from_checkpoint(open_checkpoint(result.checkpoint))
     assert (result.steps, result.tokens_seen, result.parameters) == (20, 20 * 64, model.n_parameters())
-    assert result.precision == ("bf16" if torch.cpu._is_amx_tile_supported() else "fp32")
+    assert result.precision == ("bf16" if multiplies_bfloat16() else "fp32")
     assert result.val_loss is not None
     assert result.val_loss < 5.0  # of 5.7 at the start
     assert result.tokens_per_second == pytest.approx(result.tokens_seen / result.seconds)
@@ -132,6 +134,15 @@ def test_a_crashed_run_goes_on_to_the_same_bytes(whole: Path, texts: Path, tiny:
     run_training([texts], tmp_path / "m", config=tiny, resume=True, on_message=messages.append)
     assert outcome(tmp_path / "m") == outcome(whole)
     assert "resuming after step 10" in messages
+
+
+def test_a_crashed_run_in_bfloat16_goes_on_to_the_same_bytes(texts: Path, tiny: TrainConfig, tmp_path: Path) -> None:
+    """With rows of a length that attention is computed of in blocks."""
+    config = replace(tiny, precision="bf16", context_length=BLOCK + 9)
+    run_training([texts], tmp_path / "whole", config=config)
+    crash(texts, tmp_path / "m", config)
+    run_training([texts], tmp_path / "m", config=config, resume=True)
+    assert outcome(tmp_path / "m") == outcome(tmp_path / "whole")
 
 
 def test_ctrl_c_saves_the_step_it_came_in(whole: Path, texts: Path, tiny: TrainConfig, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from gptedge.train.batches import IGNORED, Batch
 from gptedge.train.config import TrainConfig
 from gptedge.train.data import TokenData
 from gptedge.train.model import GPT
-from gptedge.train.parts import choose_precision, parameter_groups, validation_loss
+from gptedge.train.parts import _BFLOAT16, choose_precision, parameter_groups, validation_loss
 from gptedge.train.settings import LoopConfig
 from gptedge.train.state import load_state
 from gptedge.train.trainer import StepReport, Trainer
@@ -98,7 +98,7 @@ def test_one_batch_is_learned_by_heart(make: MakeTrainer) -> None:
 
 
 def test_reports_and_metrics_say_the_same(make: MakeTrainer) -> None:
-    trainer, reports = make(), list[StepReport]()
+    trainer, reports = make(precision="fp32"), list[StepReport]()
     trainer.train(reports.append)
     assert [vars(report) for report in reports] == lines(trainer)
     assert [report.step for report in reports] == list(range(1, 21))
@@ -159,11 +159,36 @@ def test_training_works_outside_the_main_thread(make: MakeTrainer) -> None:
     assert trainer.step == 2
 
 
-def test_precision_follows_the_processor_unless_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    for has_amx, expected in ((True, "bf16"), (False, "fp32")):
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda has_amx=has_amx: has_amx)
-        assert choose_precision("auto") == expected
-        assert [choose_precision(p) for p in ("fp32", "bf16")] == ["fp32", "bf16"]
+@pytest.mark.parametrize(
+    ("amx", "avx512", "onednn", "expected"),
+    [
+        (True, True, True, "bf16"),
+        (False, True, True, "bf16"),  # Zen 4
+        (True, False, True, "bf16"),
+        (False, False, True, "fp32"),
+        (True, True, False, "fp32"),
+    ],
+)
+def test_precision_follows_the_processor_unless_it_is_asked_for(
+    amx: bool, avx512: bool, onednn: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: onednn)
+    assert choose_precision("auto") == expected
+    assert [choose_precision(p) for p in ("fp32", "bf16")] == ["fp32", "bf16"]
+
+
+def test_a_version_of_torch_that_cannot_say_is_taken_for_no(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in _BFLOAT16:
+        monkeypatch.delattr(torch.cpu, name)
+    assert choose_precision("auto") == "fp32"
+
+
+def test_the_names_that_torch_is_asked_by_are_there_and_agree_with_what_it_says_in_public() -> None:
+    said = torch.cpu.get_capabilities()
+    for name, public in zip(_BFLOAT16, ("amx_tile", "avx512_bf16"), strict=True):
+        assert getattr(torch.cpu, name)() == said.get(public, False)
 
 
 def test_bf16_learns_like_fp32(make: MakeTrainer) -> None:
@@ -243,7 +268,7 @@ def test_the_validation_loss_is_the_mean_over_scored_tokens(tmp_path: Path) -> N
 def test_parts_of_a_batch_add_up_to_it(tmp_path: Path, make: MakeTrainer) -> None:
     runs = []
     for parts in (1, 3):
-        trainer = make(grad_accumulation=parts, max_steps=8)
+        trainer = make(grad_accumulation=parts, max_steps=8, precision="fp32")
         trainer.train(lambda report: None)
         runs.append((trainer.loss, trainer.model.state_dict()))
         (tmp_path / "metrics.jsonl").unlink()
