@@ -29,6 +29,26 @@ def test_result_and_gradients_are_those_of_pytorch(t: int, kv_heads: int, scale:
         torch.testing.assert_close(own, theirs, rtol=0, atol=2e-5)
 
 
+def test_in_bfloat16_it_errs_by_little_more_than_pytorch_does() -> None:
+    torch.manual_seed(0)
+    inputs = [made(4, 3 * BLOCK - 7).bfloat16().detach().requires_grad_() for _ in range(3)]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    dy = torch.randn(2, 4, 3 * BLOCK - 7, 16).bfloat16()
+
+    def outcome(y: Tensor, of: list[Tensor]) -> list[Tensor]:
+        return [y.detach(), *torch.autograd.grad(y, of, dy.to(y.dtype))]
+
+    def errors(y: Tensor) -> list[float]:
+        expected = outcome(F.scaled_dot_product_attention(*exact, is_causal=True), exact)
+        pairs = zip(outcome(y, inputs), expected, strict=True)
+        return [float((own.double() - right).norm() / right.norm()) for own, right in pairs]
+
+    theirs = errors(F.scaled_dot_product_attention(*inputs, is_causal=True))
+    for own, other in zip(errors(blockwise_attention(*inputs, None)), theirs, strict=True):
+        assert own < max(1.5 * other, 0.006), (own, other)
+        assert own > 1e-4  # otherwise it was not computed in bfloat16
+
+
 def test_attend_takes_it_for_training_on_plain_rows_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     taken = []
     monkeypatch.setattr(model, "blockwise_attention", lambda q, *_: taken.append(1) or q)
@@ -40,9 +60,11 @@ def test_attend_takes_it_for_training_on_plain_rows_alone(monkeypatch: pytest.Mo
     assert taken
 
 
-def test_it_pays_where_gradients_are_wanted_of_float32_rows_of_some_length() -> None:
+def test_it_pays_where_gradients_are_wanted_of_rows_of_some_length() -> None:
     q = made(2, 2 * BLOCK)
     assert pays(q, q)
-    others = [q.detach(), q.bfloat16(), made(2, BLOCK), made(1, LONGEST + 1, 1)]
+    assert pays(q.bfloat16(), q.bfloat16())
+    others = [q.detach(), q.half(), made(2, BLOCK), made(1, LONGEST + 1, 1)]
     assert not any(pays(other, other) for other in others)
     assert not pays(q, made(2, 3 * BLOCK))
+    assert not pays(q, q.bfloat16())
