@@ -24,6 +24,7 @@ from gptedge.config import Activation, ModelConfig, rope_frequencies
 from gptedge.errors import ContextOverflowError
 from gptedge.train.batches import IGNORED
 from gptedge.train.blockwise import blockwise_attention, pays
+from gptedge.train.cross_entropy import in_place_cross_entropy, in_place_pays
 
 Rope: TypeAlias = tuple[Tensor, Tensor]
 """Cosines and sines, each [T, rope_dim / 2], or [B, 1, T, rope_dim / 2] where rows have their own positions."""
@@ -263,12 +264,19 @@ class GPT(nn.Module):
         x, scored = self.hidden(ids, segments=segments), targets != IGNORED
         if segments is not None:
             x, targets = x[scored], targets[scored]
-        logits = self.logits(x).float().view(-1, self.config.vocab_size)  # [B * T, V] or [scored, V]
-        total = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum")
-        if self.z_loss and self.training:
-            squares = logits.logsumexp(-1).square()
-            total = total + self.z_loss * squares.where(targets.flatten() != IGNORED, 0).sum()
-        return total / scored.sum().clamp(min=1)
+        logits = self.logits(x).view(-1, self.config.vocab_size)  # [B * T, V] or [scored, V]
+        return self._summed_loss(logits, targets.flatten()) / scored.sum().clamp(min=1)
+
+    def _summed_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Of logits [N, V], which are used up, and targets [N]."""
+        with_z_loss = self.z_loss and self.training
+        if in_place_pays(logits) and not with_z_loss:
+            return in_place_cross_entropy(logits, targets)
+        logits = logits.float()
+        total = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+        if with_z_loss:
+            total = total + self.z_loss * logits.logsumexp(-1).square().where(targets != IGNORED, 0).sum()
+        return total
 
     @torch.no_grad()
     def greedy(self, ids: Tensor, n: int, *, cached: bool = True) -> Tensor:
