@@ -78,6 +78,12 @@ def norm(c: ModelConfig, layer: nn.Module | None, x: Tensor) -> Tensor:
     return F.rms_norm(x.float(), weight.shape, weight, c.norm_eps)
 
 
+def cast(x: Tensor) -> Tensor:
+    """To what autocast computes products in: once, where it would for each of the two or three that take x."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
 def attention(
     c: ModelConfig, layer: Attention, x: Tensor, rope: Rope | None, i: int, cache: Cache | None, same: Tensor | None
 ) -> Tensor:
@@ -191,10 +197,10 @@ def block(
     c: ModelConfig, layer: Block, x: Tensor, rope: Rope | None, i: int, cache: Cache | None, same: Tensor | None
 ) -> Tensor:
     """Residual block, [B, T, C] -> [B, T, C]."""
-    update = attention(c, layer.attn, norm(c, layer.attn_norm, x), rope, i, cache, same)
+    update = attention(c, layer.attn, cast(norm(c, layer.attn_norm, x)), rope, i, cache, same)
     after = x + layer.dropout(norm(c, layer.attn_post_norm, update))
     seen = x if c.parallel else after
-    update = mlp(c, layer.mlp, norm(c, layer.mlp_norm, seen))
+    update = mlp(c, layer.mlp, cast(norm(c, layer.mlp_norm, seen)))
     out: Tensor = after + layer.dropout(norm(c, layer.mlp_post_norm, update))
     return out
 

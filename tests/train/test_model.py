@@ -232,3 +232,14 @@ def seeded(**switches: Any) -> GPT:
         for parameter in model.parameters():
             parameter.normal_(0, 0.4)
     return model
+
+
+def test_under_autocast_what_several_products_take_is_cast_once() -> None:
+    model, seen = GPT(tiny()), list[torch.dtype]()
+    for layer in (model.blocks[0].attn.q, model.blocks[0].mlp.up):
+        layer.register_forward_pre_hook(lambda _layer, inputs: seen.append(inputs[0].dtype))
+    ids = torch.zeros(1, 4, dtype=torch.long)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(ids)
+    model(ids)
+    assert seen == [torch.bfloat16] * 2 + [torch.float32] * 2
