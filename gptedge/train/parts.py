@@ -6,7 +6,7 @@ import ctypes
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
@@ -79,8 +79,8 @@ def choose_precision(wanted: str, device: str = "cpu") -> Precision:
 
 def multiplies_bfloat16() -> bool:
     """Whether this processor has instructions for it, and PyTorch the library that uses them (oneDNN)."""
-    known = [getattr(torch.cpu, name, lambda: False)() for name in _BFLOAT16]
-    return torch.backends.mkldnn.is_available() and any(known)
+    has_onednn: Callable[[], bool] = torch.backends.mkldnn.is_available  # which torch leaves untyped
+    return has_onednn() and any(getattr(torch.cpu, name, lambda: False)() for name in _BFLOAT16)
 
 
 # Asked by these names: `torch.cpu.get_capabilities` says the same, but came with a later version than `train` needs.
