@@ -3,7 +3,7 @@
     python benchmarks/mixed_sweep.py [--sizes 80,85,90] [--windows 4] [--work FOLDER]
 
 The uniform recipes give every weight of the layers the same scheme: 4 bits in blocks of 128 with a 4-bit table, the
-same with an 8-bit one, `int4`, and `int8`. Everything is calibrated and scored as in quality.py. Each size takes as
+same with an 8-bit one, `int4`, and `int8-block`. Everything is calibrated and scored as in quality.py. Each size takes as
 long as `mixed` does, some minutes; sizes that are done are printed as they come, so a run may be cut off.
 """
 
@@ -28,7 +28,7 @@ UNIFORM = {
     "blocks of 128, 4-bit table": _GROUP.format("embed.weight", 4, 32, "true", "false", "gptq") + _LAYERS,
     "blocks of 128": _GROUP.format("embed.weight", 8, 64, "true", "true", "rtn") + _LAYERS,
 }
-"""Smaller than `int4`; `int4` and `int8` follow."""
+"""Smaller than `int4`; `int4` and `int8-block` follow."""
 
 
 def line_at(size_mb: float, points: Sequence[tuple[float, float]]) -> float:
@@ -48,7 +48,7 @@ def uniform_recipes(work: Path) -> Iterator[str]:
         path = work / f"uniform{i}.toml"
         path.write_text(rows, encoding="utf-8")
         yield str(path)
-    yield from ("int4", "int8")
+    yield from ("int4", "int8-block")
 
 
 def sweep(bench: quality.Bench, sizes: Sequence[float]) -> bool:
