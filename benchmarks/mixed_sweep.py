@@ -3,8 +3,8 @@
     python benchmarks/mixed_sweep.py [--sizes 80,85,90] [--windows 4] [--work FOLDER]
 
 The uniform recipes give every weight of the layers the same scheme: 4 bits in blocks of 128 with a 4-bit table, the
-same with an 8-bit one, `int4`, and `int8-block`. Everything is calibrated and scored as in quality.py. Each size takes as
-long as `mixed` does, some minutes; sizes that are done are printed as they come, so a run may be cut off.
+same with an 8-bit one, `int4`, and `int8-block`. Everything is calibrated and scored as in quality.py. Each size takes
+as long as `mixed` does, some minutes; sizes that are done are printed as they come, so a run may be cut off.
 """
 
 from __future__ import annotations
