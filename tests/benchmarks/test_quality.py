@@ -113,7 +113,7 @@ def test_the_line_between_uniform_recipes() -> None:
 def test_the_sweep_says_whether_mixed_is_below_the_line(
     kl: float, good: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made = {"int4": (91.0, 0.05), "int8": (139.0, 0.002)}
+    made = {"int4": (91.0, 0.05), "int8-block": (139.0, 0.002)}
 
     def rows(bench: quality.Bench, recipes: list[str], tools: tuple[str, ...]) -> Iterator[quality.Row]:
         for recipe in recipes:
