@@ -74,15 +74,20 @@ def least_noise(x: FloatArray, w: FloatArray, channels: npt.NDArray[Any], start:
 
         mean_t max_c(|x| / f)^2 * sum_c f^2 mean_r w^2  +  mean_r max_c(|w| f)^2 * sum_c mean_t x^2 / f^2
 
-    which steps along the logarithms of f bring down.
+    which steps along the logarithms of f bring down. A token counts by the inverse of its output's length: were all to
+    count alike, the few that are a hundred times as large as others would settle it (SmolLM2: KL 0.0076 for 0.0067),
+    and by the inverse of its square those would be lost (0.0078).
     """
     x, w = _sample(x, TOKENS), _sample(w, ROWS)
-    x2, w2 = np.square(x).mean(0, dtype=np.float64), np.square(w).mean(0, dtype=np.float64)
+    w2 = np.square(w).mean(0, dtype=np.float64)
+    counts = 1 / np.sqrt(np.square(x) @ w2)
+    counts /= counts.mean()
+    x2 = counts @ np.square(x) / len(x)
     log_f, best, least = np.log(start, dtype=np.float64), start, np.inf
     for _ in range(STEPS):
         f = np.exp(log_f)[channels]
-        token, of_token = _largest(x / f.astype(np.float32))
-        row, of_row = _largest(w * f.astype(np.float32))
+        token, of_token = _largest(x / f.astype(np.float32), counts)
+        row, of_row = _largest(w * f.astype(np.float32), np.ones(len(w)))
         of_x, of_w = x2 / f**2, w2 * f**2
         by_token, by_row = token * of_w.sum(), row * of_x.sum()
         if by_token + by_row < least:
@@ -100,14 +105,14 @@ def _sample(rows: FloatArray, most: int) -> FloatArray:
     return np.maximum(np.abs(rows[chosen]), np.float32(1e-12))
 
 
-def _largest(sizes: FloatArray) -> tuple[float, npt.NDArray[np.float64]]:
-    """The mean square of the rows' largest values, and what part of it hangs on each column."""
+def _largest(sizes: FloatArray, counts: npt.NDArray[np.float64]) -> tuple[float, npt.NDArray[np.float64]]:
+    """The mean square of the rows' largest values, and what part of it hangs on each column; rows count by `counts`."""
     top = sizes.max(1, keepdims=True)
     powers = sizes / top
     for _ in range(_NORM.bit_length() - 1):
         powers *= powers
     total = powers.sum(1, keepdims=True)
-    squares = np.square(top, dtype=np.float64)
+    squares = np.square(top, dtype=np.float64) * counts[:, None]
     weights = squares * total ** (2 / _NORM)
     return float(squares.mean()), (powers / total * weights).sum(0) / weights.sum()
 
