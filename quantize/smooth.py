@@ -17,6 +17,7 @@ import numpy.typing as npt
 import onnx
 from onnx import helper
 
+from gptedge.errors import DataError
 from gptedge.quantize.passes import Target
 from gptedge.quantize.seams import Rescaling, Seam, balanced, find_seams
 from gptedge.quantize.walk import Read, Walk
@@ -42,7 +43,8 @@ def smoothed(
     """Reads initializers with all factors multiplied in.
 
     Measures activations with `walk`, which goes through `model` as it is; then adapts `model`'s lookups. `keep_values`
-    leaves attention's values alone, which a KV cache may share with another graph.
+    leaves attention's values alone, which a KV cache may share with another graph. Raises DataError when activations
+    are not finite.
     """
     rescaling, targets = Rescaling(model, read), list(targets)
     for seam in find_seams(model, targets, keep_values=keep_values):
@@ -57,7 +59,10 @@ def _factors(seam: Seam, rescaling: Rescaling, walk: Walk) -> FloatArray:
     n = int(seam.channels.max()) + 1
     spread, weight = np.full(n, _SMALLEST, np.float32), np.full(n, _SMALLEST, np.float32)
     inputs, rows = walk.inputs_of(seam.product), rescaling.matrix(seam.target.weight)
-    np.maximum.at(spread, seam.channels, np.max([np.abs(x).max(0) for x in inputs], axis=0))
+    largest = np.max([np.abs(x).max(0) for x in inputs], axis=0)
+    if not np.isfinite(largest).all():
+        raise DataError(f"the activations that reach {seam.product} are not finite on the calibration text")
+    np.maximum.at(spread, seam.channels, largest)
     np.maximum.at(weight, seam.channels, np.abs(rows).max(0))
     factors = balanced(spread, weight, ALPHA)
     if not seam.target.scheme.whole_rows:

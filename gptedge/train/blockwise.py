@@ -20,13 +20,13 @@ LONGEST = 512
 """Beyond it the probabilities, half the square of the length for each head, are too much to keep."""
 
 
+_DTYPES = (torch.float32, torch.bfloat16)
+
+
 def pays(q: Tensor, k: Tensor) -> bool:
     """Whether `BlockwiseAttention` is the quicker one for [B, H, T, D] and [B, H, S, D], unmasked but causal."""
     in_range = BLOCK < q.shape[2] == k.shape[2] <= LONGEST
     return in_range and q.requires_grad and q.device.type == "cpu" and q.dtype == k.dtype and q.dtype in _DTYPES
-
-
-_DTYPES = (torch.float32, torch.bfloat16)
 
 
 class BlockwiseAttention(torch.autograd.Function):

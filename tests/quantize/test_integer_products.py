@@ -12,11 +12,13 @@ import pytest
 from onnx import TensorProto, helper
 
 from gptedge.bundle import GRAPH, GRAPH_DATA, open_bundle, signed
+from gptedge.errors import DataError
 from gptedge.onnx_file import IR_VERSION, OPSETS, load_graph
 from gptedge.quantize import integer_products
 from gptedge.quantize.integer_products import Columns
 from gptedge.quantize.quantizer import quantize
 from gptedge.quantize.smooth import least_noise
+from gptedge.quantize.walk import Walk
 from gptedge.runtime import onnx_runtime
 from gptedge.runtime.onnx_runtime import import_onnxruntime, multiplies_signed_bytes
 from gptedge.runtime.session import Session
@@ -157,3 +159,15 @@ def test_least_noise_leaves_less_than_it_was_given() -> None:
     assert error(found) < 0.6 * error(start)
     assert np.log(found).mean() == pytest.approx(0, abs=1e-4)
     np.testing.assert_array_equal(found, least_noise(x, w, channels, start))
+
+
+@pytest.mark.parametrize("recipe", ["int8", "int8-block"])
+def test_activations_that_are_not_finite(
+    recipe: str, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs_of = Walk.inputs_of
+    monkeypatch.setattr(Walk, "inputs_of", lambda *a: [x * np.float32(np.nan) for x in inputs_of(*a)])
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    with pytest.raises(DataError, match=r"reach blocks\.0\.attn\.qkv are not finite on the calibration text"):
+        quantize(tiny_bundle, tmp_path / "out", recipe=recipe, calibration=tmp_path / "text.txt", threads=1)
+    assert [f.name for f in tmp_path.iterdir()] == ["text.txt"]
