@@ -1,4 +1,4 @@
-"""Parts of a training loop that keep nothing between steps: objective, optimizer, precision, memory, weights."""
+"""Parts of a training loop that keep nothing between steps: objective, optimizer, memory, weights."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import ctypes
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,29 +63,6 @@ def make_optimizer(model: nn.Module, config: LoopConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=0.0, betas=(config.beta1, config.beta2), fused=True)
 
 
-Precision = Literal["fp32", "bf16"]
-"""What matrix products are computed in."""
-
-
-def choose_precision(wanted: str, device: str = "cpu") -> Precision:
-    """bf16 only where it pays: products 2.2 times as fast with AVX512-BF16, steps 2.4 times with AMX.
-
-    Processors with neither emulate it, and are slower than in fp32.
-    """
-    gains = torch.cuda.is_bf16_supported(including_emulation=False) if device == "cuda" else multiplies_bfloat16()
-    return "bf16" if wanted == "bf16" or (wanted == "auto" and gains) else "fp32"
-
-
-def multiplies_bfloat16() -> bool:
-    """Whether this processor has instructions for it, and PyTorch the library that uses them (oneDNN)."""
-    has_onednn: Callable[[], bool] = torch.backends.mkldnn.is_available  # which torch leaves untyped
-    return has_onednn() and any(getattr(torch.cpu, name, lambda: False)() for name in _BFLOAT16)
-
-
-# Asked by these names: `torch.cpu.get_capabilities` says the same, but came with a later version than `train` needs.
-_BFLOAT16 = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-
-
 def keep_freed_memory() -> None:
     """Tell glibc to keep large freed blocks rather than give them back to the kernel, which clears each page anew.
 
@@ -126,7 +102,3 @@ def load_trained_state(model: nn.Module, state: dict[str, Tensor]) -> None:
         raise KeyError(f"{min(difference)} is in only one of model and state")
     own = model.state_dict()
     model.load_state_dict({name: like(own[name], tensor) for name, tensor in state.items()}, strict=False)
-
-
-def autocast(precision: str, device: str) -> AbstractContextManager[Any]:
-    return torch.autocast(device, torch.bfloat16) if precision == "bf16" else nullcontext()

@@ -33,6 +33,7 @@ from gptedge.train.output import (
     resume_trainer,
 )
 from gptedge.train.parts import set_up_torch
+from gptedge.train.precision import DTYPES
 from gptedge.train.prepare import END_OF_TEXT, end_of_text, learn_tokenizer, scan_text, tokenize
 from gptedge.train.processes import Processes, processes, whole
 from gptedge.train.qat import RoundedLoss, fake_quantize, refresh, refresh_is_due, rounded_weights
@@ -161,7 +162,7 @@ def _train(
         precision=trainer.precision,
         mfu=speed
         * flops_per_token(run.model, parameters)
-        / (peak_flops(trainer.precision, these.device) * these.world),
+        / (peak_flops(DTYPES[trainer.precision], these.device) * these.world),
     )
 
 

@@ -91,7 +91,7 @@ class LoopConfig:
     grad_accumulation: int = 1
     """Parts in which a step's batch is computed, one after another: less memory, the same result."""
     precision: Precision = "auto"
-    """bf16 runs matrix products in bfloat16; auto does where that is faster (AVX512-BF16, AMX, GPUs that have it)."""
+    """bf16 runs matrix products in bfloat16; auto does where that is measured to be faster (or a GPU has it)."""
     compile: bool = False
     """Compile the model with torch.compile: minutes before the first step, and faster ones on a GPU.
 

@@ -22,14 +22,13 @@ from gptedge.interrupts import deferred_interrupt
 from gptedge.train.batches import Batch, BatchSource
 from gptedge.train.parts import (
     Objective,
-    autocast,
-    choose_precision,
     keep_freed_memory,
     load_trained_state,
     make_optimizer,
     trained_state,
     validation_loss,
 )
+from gptedge.train.precision import Precision, autocast, choose_precision
 from gptedge.train.processes import Processes, optimizer_state_like, whole
 from gptedge.train.schedule import Budget, learning_rate
 from gptedge.train.settings import LoopConfig
@@ -87,7 +86,9 @@ class Trainer:
         self.model, self.objective = model.train(), _wrapped(model, config, processes)
         self.folder, self.metrics, self.on_message = folder, metrics, on_message
         self.optimizer = make_optimizer(model, config)
-        self.precision = choose_precision(config.precision, processes.device.type)
+        self.precision: Precision = processes.from_leader(
+            lambda: choose_precision(config.precision, processes.device.type)
+        )
         self.budget = Budget(config.step_limit, config.max_seconds)
         check_patience(config, source)
         self.held_out = [batch.to(processes.device) for batch in source.held_out()]

@@ -21,7 +21,7 @@ from gptedge.train.blockwise import BLOCK
 from gptedge.train.config import TrainConfig
 from gptedge.train.model import GPT
 from gptedge.train.output import saved_config
-from gptedge.train.parts import multiplies_bfloat16
+from gptedge.train.precision import gains_by_bfloat16
 from gptedge.train.run import run_training
 from gptedge.train.trainer import StepReport
 from tests.train.conftest import TINY
@@ -87,7 +87,7 @@ def test_the_result_says_what_was_done(texts: Path, tiny: TrainConfig, tmp_path:
     result = run_training([texts], tmp_path / "m", config=tiny, on_message=messages.append)
     model = GPT.from_checkpoint(open_checkpoint(result.checkpoint))
     assert (result.steps, result.tokens_seen, result.parameters) == (20, 20 * 64, model.n_parameters())
-    assert result.precision == ("bf16" if multiplies_bfloat16() else "fp32")
+    assert result.precision == ("bf16" if gains_by_bfloat16() else "fp32")
     assert result.val_loss is not None
     assert result.val_loss < 5.0  # of 5.7 at the start
     assert result.tokens_per_second == pytest.approx(result.tokens_seen / result.seconds)

@@ -7,7 +7,7 @@ import math
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,13 @@ from torch import nn
 from gptedge.config import ModelConfig
 from gptedge.errors import CheckpointError, DataError, TrainingError
 from gptedge.interrupts import deferred_interrupt
+from gptedge.train import precision as precision_module
 from gptedge.train.batches import IGNORED, Batch
 from gptedge.train.config import TrainConfig
 from gptedge.train.data import TokenData
 from gptedge.train.model import GPT
-from gptedge.train.parts import _BFLOAT16, choose_precision, parameter_groups, validation_loss
+from gptedge.train.parts import parameter_groups, validation_loss
+from gptedge.train.precision import _BFLOAT16, choose_precision, gains_by_bfloat16
 from gptedge.train.settings import LoopConfig
 from gptedge.train.state import load_state
 from gptedge.train.trainer import StepReport, Trainer
@@ -159,19 +161,37 @@ def test_training_works_outside_the_main_thread(make: MakeTrainer) -> None:
     assert trainer.step == 2
 
 
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[torch.dtype, float]]:
+    """Speeds of products by type, in the place of measuring them; what was asked for before is forgotten."""
+    speeds = {torch.float32: 1.0, torch.bfloat16: 2.0}
+    monkeypatch.setattr(precision_module, "peak_flops", lambda dtype, device, side: speeds[dtype])
+    gains_by_bfloat16.cache_clear()
+    yield speeds
+    gains_by_bfloat16.cache_clear()
+
+
 @pytest.mark.parametrize(
-    ("amx", "avx512", "onednn", "expected"),
+    ("amx", "avx512", "onednn", "speed", "expected"),
     [
-        (True, True, True, "bf16"),
-        (False, True, True, "bf16"),  # Zen 4
-        (True, False, True, "bf16"),
-        (False, False, True, "fp32"),
-        (True, True, False, "fp32"),
+        (True, True, True, 6.0, "bf16"),
+        (False, True, True, 2.2, "bf16"),  # Zen 4
+        (False, True, True, 0.6, "fp32"),  # Sapphire Rapids whose AMX is kept from programs
+        (True, False, True, 6.0, "bf16"),
+        (False, False, True, 2.0, "fp32"),
+        (True, True, False, 2.0, "fp32"),
     ],
 )
 def test_precision_follows_the_processor_unless_it_is_asked_for(
-    amx: bool, avx512: bool, onednn: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+    amx: bool,
+    avx512: bool,
+    onednn: bool,
+    speed: float,
+    expected: str,
+    measured: dict[torch.dtype, float],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    measured[torch.bfloat16] = speed
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: onednn)
@@ -179,6 +199,7 @@ def test_precision_follows_the_processor_unless_it_is_asked_for(
     assert [choose_precision(p) for p in ("fp32", "bf16")] == ["fp32", "bf16"]
 
 
+@pytest.mark.usefixtures("measured")
 def test_a_version_of_torch_that_cannot_say_is_taken_for_no(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in _BFLOAT16:
         monkeypatch.delattr(torch.cpu, name)

@@ -39,4 +39,4 @@ def test_flops_are_those_that_pytorch_counts(tied: bool) -> None:
 
 
 def test_peak_is_what_a_processor_may_reach() -> None:
-    assert 1e8 < peak_flops("fp32", torch.device("cpu")) < 1e14
+    assert 1e8 < peak_flops(torch.float32, torch.device("cpu")) < 1e14
