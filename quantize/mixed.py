@@ -239,7 +239,11 @@ class _Probe:
 
     def __init__(self, subject: Subject, windows: npt.NDArray[np.int64], rounded: Mapping[str, Blocks]) -> None:
         self._subject, self._windows, self._rounded = subject, windows, rounded
-        self._last, self._head = list(subject.products.items())[-1]
+        last = list(subject.products)[-1]
+        inputs = {node.name: node.input[0] for node in subject.model.graph.node}
+        self._last = next(name for name in subject.products if inputs[name] == inputs[last])
+        self._heads = [t for name, t in subject.products.items() if inputs[name] == inputs[last]]
+        """The last product's weight, or its parts."""
         self._expected = self._log_probabilities(subject.read)
 
     def divergence(self, rounded: Iterable[Target]) -> float:
@@ -258,10 +262,10 @@ class _Probe:
 
     def _log_probabilities(self, read: Read) -> FloatArray:
         """[positions, vocab_size] of the second half of each window. The head's soft cap, if any, is left out."""
-        walk, width = self._subject.walk(self._windows, read), self._head.width
+        walk, width = self._subject.walk(self._windows, read), self._heads[0].width
         hidden = np.concatenate(walk.inputs_of(self._last)).reshape(len(self._windows), -1, width)
         rows = hidden[:, hidden.shape[1] // 2 :].reshape(-1, width)
-        return log_softmax(rows @ self._subject.weight(self._head, read).T)
+        return log_softmax(np.concatenate([rows @ self._subject.weight(t, read).T for t in self._heads], -1))
 
 
 def _rounding_of(inputs: FloatArray, rows: FloatArray, block_size: int) -> float:

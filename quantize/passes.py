@@ -23,6 +23,10 @@ from gptedge.quantize.recipes import WHOLE_ROWS, Group, Recipe, Scheme
 ACCURACY_LEVEL = 4
 """MatMulNBits with 8-bit activations; at lower levels, 8-bit weights would be widened at each call."""
 
+_TABLES = ("embed.weight", "head.weight")
+_EMBED = "embed"
+"""The node that looks up tokens, or the beginning of the names of those that look them up in parts of a table."""
+
 
 @dataclass(frozen=True)
 class Target:
@@ -42,6 +46,11 @@ class Target:
     def scheme(self) -> Scheme:
         return self.group.scheme
 
+    @property
+    def is_calibrated(self) -> bool:
+        """What is only looked up has no inputs to be calibrated on, and is rounded to nearest."""
+        return self.group.method == "gptq" and bool(self.products)
+
 
 def find_targets(model: onnx.ModelProto, recipe: Recipe) -> list[Target]:
     """Matrices that products and token lookups use and the recipe covers, in the order in which the graph uses them."""
@@ -57,6 +66,21 @@ def find_targets(model: onnx.ModelProto, recipe: Recipe) -> list[Target]:
 def find_matrices(model: onnx.ModelProto) -> list[str]:
     """Names, as recipes match them, of all matrices that could be targets."""
     return [plain_name(name) for (name, *_), _ in _matrices(model)]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A matrix with a row for each token: what is looked up, the last product's weight, or both."""
+
+    weight: str
+    rows: int
+    width: int
+    products: tuple[str, ...]
+    lookups: tuple[str, ...]
+
+
+def find_tables(model: onnx.ModelProto) -> list[Table]:
+    return [Table(*matrix, *uses) for matrix, uses in _matrices(model) if plain_name(matrix[0]) in _TABLES]
 
 
 def plain_name(weight: str) -> str:
@@ -78,7 +102,7 @@ def _matrices(model: onnx.ModelProto) -> Iterator[tuple[tuple[str, int, int], tu
         if name in shapes:
             (lookups if node.op_type == "Gather" else products).setdefault(name, []).append(node.name)
     for name, (rows, width) in shapes.items():
-        if name in products or "embed" in lookups.get(name, ()):
+        if name in products or any(node.partition(".")[0] == _EMBED for node in lookups.get(name, ())):
             yield (name, rows, width), (tuple(products.get(name, ())), tuple(lookups.get(name, ())))
 
 
@@ -87,8 +111,6 @@ def _check(target: Target) -> None:
         raise UsageError(f"{target.weight} is looked up by rows: its scheme must be symmetric")
     if target.lookups and target.scheme.whole_rows:
         raise UsageError(f"{target.weight} is looked up by rows: its block_size must not be {WHOLE_ROWS}")
-    if not target.products and target.group.method != "rtn":
-        raise UsageError(f"{target.weight} is only looked up: its method must be rtn, not {target.group.method}")
 
 
 def _weight_operand(node: NodeProto) -> str:

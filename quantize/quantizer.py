@@ -50,6 +50,7 @@ from gptedge.quantize.kv_cache import CACHES, quantize_cache
 from gptedge.quantize.passes import Target, find_matrices, find_targets, rewrite
 from gptedge.quantize.recipes import FLOAT_RECIPES, Recipe, find_recipe
 from gptedge.quantize.rounding import Blocks, quantize_matrix
+from gptedge.quantize.split_table import PARTS, split_tables
 from gptedge.quantize.walk import Read, Walk
 from gptedge.quantize.work import START, remove_work, work_folder
 from gptedge.runtime.threads import default_threads
@@ -158,9 +159,11 @@ def _check_source(bundle: Bundle) -> None:
 
 
 def _check_groups(recipe: Recipe, names: list[str]) -> None:
-    """A group that matches no weight is a slip of the pen. A head that is the table has no name of its own."""
+    """A group that matches no weight is a slip of the pen. A head that is the table has no name of its own, and a small
+    table no parts."""
     for group in recipe.groups:
-        if group.match != "head.weight" and not any(fnmatchcase(name, group.match) for name in names):
+        may_lack = group.match.startswith("head.weight") or (recipe.common_tokens and group.match.endswith(PARTS))
+        if not may_lack and not any(fnmatchcase(name, group.match) for name in names):
             kinds = dict.fromkeys(re.sub(r"\d+", "*", name) for name in names)
             raise UsageError(f"no weight has a name like {group.match}; the bundle has {', '.join(kinds)}")
 
@@ -183,6 +186,8 @@ class _Job:
     def check(self, *, is_users: bool) -> None:
         """Refuse what the recipe cannot mean, before time is spent; a user's must mean something by every group."""
         model = load_graph(self.bundle.path / GRAPH)
+        read = partial(read_initializer, folder=self.bundle.path)
+        split_tables(model, read, self.recipe.common_tokens, self._special)
         targets = find_targets(model, self.recipe)
         if is_users:
             _check_groups(self.recipe, find_matrices(model))
@@ -263,6 +268,8 @@ class _Job:
             evened = [t for t in targets if t.group.equalize and not t.lookups]
             equalized = equalize(model, read, targets, chosen=evened)
             read = equalized.rescaling.read
+            read = split_tables(model, read, self.recipe.common_tokens, self._special)
+            targets = find_targets(model, self.recipe)
             if self.target_mb is not None and windows is not None:
                 targets = find_targets(model, self._plan(model, read, targets, windows, pool))
             smoothed = [t for t in targets if t.group.smooth]
@@ -272,7 +279,7 @@ class _Job:
                 read = smooth.smoothed(model, read, walk, smoothed).read
             source = copy.deepcopy(model)
             calibrator = None
-            if windows is not None and any(t.group.method == "gptq" for t in targets):
+            if windows is not None and any(t.is_calibrated for t in targets):
                 weights = self._token_weights(model, read, windows, targets) if self.recipe.weigh_tokens else {}
                 calibrator = Calibrator(model, read, windows, token_weights=weights, threads=self.threads, pool=pool)
             known = {t.weight for t in targets} - {t.weight for t in smoothed}  # smoothing changes what counts
@@ -285,6 +292,13 @@ class _Job:
             prompts.write_own(folder, model)
         return {OUTPUT_ERRORS: calibrator.output_errors} if calibrator else {}
 
+    @property
+    def _special(self) -> list[int]:
+        """Ids of the tokens that begin, end and fill up texts."""
+        model = self.bundle.genai_config["model"]
+        others = (model.get(name) for name in ("bos_token_id", "pad_token_id"))
+        return [*self.bundle.eos_ids, *(i for i in others if i is not None)]
+
     def _token_weights(
         self, model: onnx.ModelProto, read: Read, windows: Windows, targets: list[Target]
     ) -> dict[str, npt.NDArray[np.float32]]:
@@ -293,7 +307,7 @@ class _Job:
             from gptedge.quantize.token_weights import token_weights
         except ModuleNotFoundError as e:
             raise _needs_torch(e) from None
-        products = {name for t in targets if t.group.method == "gptq" for name in t.products}
+        products = {name for t in targets if t.is_calibrated for name in t.products}
         return token_weights(model, read, windows, products, seed=self.seed, threads=self.threads, report=self.report)
 
     def _plan(
@@ -335,7 +349,7 @@ class _Job:
             blocks: Blocks | Columns
             if target.scheme.whole_rows:
                 blocks = Columns.of(rows)
-            elif calibrator and target.group.method == "gptq":
+            elif calibrator and target.is_calibrated:
                 blocks = calibrator.quantize(target, rows)
             else:
                 blocks = quantize_matrix(rows, target.scheme, importance.get(target.weight), pool)

@@ -61,7 +61,7 @@ class Group:
     """Names of weights as a shell pattern: `embed.weight` is the table, `*.down.weight` every down projection."""
     scheme: Scheme
     method: str = "rtn"
-    """One of METHODS."""
+    """One of METHODS; what is only looked up has no inputs to be calibrated on, and takes rtn in any case."""
     smooth: bool = False
     """Whether activations' spread is moved into these weights first (see smooth.py); calibrated."""
     equalize: bool = False
@@ -95,6 +95,9 @@ class Recipe:
     """Windows of 512 tokens that GPTQ learns from."""
     weigh_tokens: bool = False
     """Whether a token counts in GPTQ by how much the model's answer hangs on it (see token_weights.py); needs torch."""
+    common_tokens: int = 0
+    """Tables are split behind so many rows, if that is not more than half of them, into `embed.weight.common` and
+    `.rare` (and the same of `head.weight`), which groups may match apart (see split_table.py); 0 leaves them whole."""
     distill_steps: int = 0
     """How long 4-bit weights are trained afterwards on what the float model answers (see distill.py)."""
 
@@ -124,6 +127,8 @@ _TABLES = (Group("embed.weight", _INT8), Group("head.weight", _INT8))
 _SMOOTH_TABLES = tuple(dataclasses.replace(g, smooth=True) for g in _TABLES)
 
 _FINE_INT4 = dataclasses.replace(_INT4, block_size=16)
+_FINE_INT8 = dataclasses.replace(_INT8, block_size=32)
+_RARE = Group("*.weight.rare", dataclasses.replace(_FINE_INT4, symmetric=True), "gptq")
 _CALIBRATED = Group("*", _INT4, "gptq", equalize=True)
 _ATTENDED = dataclasses.replace(_CALIBRATED, match="*.attn.[qkv]*", first_token=30)
 
@@ -150,13 +155,15 @@ RECIPES: Mapping[str, Recipe] = {
         (*_SMOOTH_TABLES, _ATTENDED, _CALIBRATED),
     ),
     "int4-distill": Recipe(
-        "int4 in smaller blocks and from more text, each token weighed by what hangs on it, then trained on what the "
-        "float model answers; needs torch, and an hour",
+        "int4 in smaller blocks and from more text, each token weighed by what hangs on it, 4 bits for rare tokens in "
+        "the table, 8 for queries, keys and values; then trained on what the float model answers; needs torch, an hour",
         (
-            *_SMOOTH_TABLES,
-            dataclasses.replace(_CALIBRATED, match="*.mlp.down.*"),  # where larger blocks cost least for their bytes
+            _RARE,
+            *(dataclasses.replace(g, match=f"{g.match}*") for g in _SMOOTH_TABLES),
+            dataclasses.replace(_ATTENDED, scheme=_FINE_INT8, smooth=True),  # where bits save most for their bytes
             dataclasses.replace(_CALIBRATED, scheme=_FINE_INT4),
         ),
+        common_tokens=16384,
         calibration_windows=128,
         weigh_tokens=True,
         distill_steps=400,
@@ -173,6 +180,7 @@ _OPTIONS: Mapping[str, tuple[type, int | None]] = {
     "summary": (str, None),
     "calibration_windows": (int, 1),
     "weigh_tokens": (bool, None),
+    "common_tokens": (int, 0),
     "distill_steps": (int, 0),
 }
 """What a recipe's file may say before its groups: its type, and the least value."""

@@ -8,7 +8,7 @@ none. What an error does to the model's output is for `gptedge.evaluate.divergen
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +22,7 @@ from gptedge.onnx_file import load_graph, read_initializer
 from gptedge.quantize.passes import plain_name
 from gptedge.quantize.recipes import Scheme
 from gptedge.quantize.rounding import ROLES, Blocks, FloatArray, dequantize
+from gptedge.quantize.split_table import PARTS
 
 _CHUNK_VALUES = 1 << 20
 _LAYER = re.compile(r"(?:.*?\.)?(\d+)\.(.+)")
@@ -85,6 +86,24 @@ class _Quantized:
         return dequantize(part, self._scheme, self.shape[1])
 
 
+class _Parts:
+    """A table in parts, one after the other."""
+
+    def __init__(self, parts: Sequence[_Stored]) -> None:
+        self._parts = parts
+        self.shape = (sum(p.shape[0] for p in parts), parts[0].shape[1])
+        self.label = "; ".join(dict.fromkeys(p.label for p in parts))
+
+    def rows(self, start: int, stop: int) -> FloatArray:
+        found, first = [], 0
+        for part in self._parts:
+            begin, end = max(0, start - first), min(stop - first, part.shape[0])
+            if begin < end:
+                found.append(part.rows(begin, end))
+            first += part.shape[0]
+        return np.concatenate(found)
+
+
 class _Integers:
     """What a product of integers reads, transposed there."""
 
@@ -136,7 +155,17 @@ def _matrices(folder: Path) -> dict[str, _Stored]:
             found[plain_name(base)] = made
         elif plain.endswith(".weight") and len(tensor.dims) == 2 and tensor.data_type in _FLOATS:
             found[plain] = _Float(tensor, folder)
-    return found
+    return _joined(found)
+
+
+def _joined(found: Mapping[str, _Stored]) -> dict[str, _Stored]:
+    """With tables that are stored in parts as wholes again."""
+    parts: dict[str, list[_Stored]] = {}
+    for name in PARTS:
+        for key, stored in found.items():
+            if key.endswith(f".weight.{name}"):
+                parts.setdefault(key.removesuffix(f".{name}"), []).append(stored)
+    return {**found, **{table: _Parts(rows) for table, rows in parts.items()}}
 
 
 def _quantized(model: ModelProto, tensors: Mapping[str, TensorProto], base: str, folder: Path) -> _Quantized | None:

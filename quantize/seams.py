@@ -122,11 +122,17 @@ class _Reader:
             is_free = all(self._readers[i] == 1 and self._shapes.get(i) == (width,) for i in names)
             return (tuple((i, slice(0, width)) for i in names), np.arange(width)) if is_free else None
         if node.op_type == "Mul":
-            return self._ungated(node, width)
+            return self._gain(node, width) or self._ungated(node, width)
         return self._values(node, width) if node.op_type == "GroupQueryAttention" else None
 
     def is_attention(self, value: str) -> bool:
         return value in self._maker and self._maker[value].op_type == "GroupQueryAttention"
+
+    def _gain(self, node: NodeProto, width: int) -> Givers | None:
+        """A vector that multiplies what a part of a table reads (see split_table)."""
+        name = node.input[1]
+        is_gain = self._shapes.get(name) == (width,) and self._readers[name] == 1
+        return (((name, slice(0, width)),), np.arange(width)) if is_gain else None
 
     def _ungated(self, node: NodeProto, width: int) -> Givers | None:
         """The second half of a split product that multiplies the activated first half."""

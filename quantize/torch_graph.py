@@ -314,6 +314,11 @@ _OPERATORS: Mapping[str, _Operator] = {
     "Tanh": lambda a, x: (torch.tanh(x),),
     "Cos": lambda a, x: (torch.cos(x),),
     "Sin": lambda a, x: (torch.sin(x),),
+    "Sub": lambda a, x, y: (x - y,),
+    "Clip": lambda a, x, low, high: (torch.clamp(x, low, high),),
+    "GreaterOrEqual": lambda a, x, y: (x >= y,),
+    "Where": lambda a, condition, x, y: (torch.where(condition, x, y),),
+    "Concat": lambda a, *parts: (torch.cat(parts, a["axis"]),),
     "Range": lambda a, start, end, step: (torch.arange(float(start), float(end), float(step)),),
     "Unsqueeze": lambda a, x, axis: (x.unsqueeze(int(axis)),),
 }

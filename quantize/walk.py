@@ -117,7 +117,7 @@ class Walk:
             "segment",
             [_value(n, self._values[0][n].dtype) for n in sorted(inputs)]
             + [_value(n, self._fixed[n](1, 1).dtype) for n in sorted(fixed)],
-            [_value(n, np.dtype(np.float32)) for n in outputs],
+            [onnx.ValueInfoProto(name=n) for n in outputs],  # whose types onnxruntime finds
             [self._inline(self._initializers[n]) for n in sorted(weights)],
         )
         model = helper.make_model(graph, opset_imports=self._opsets, ir_version=self._ir_version)

@@ -153,21 +153,24 @@ def test_the_graph_for_prompts_is_that_of_the_float_model(
     assert np.array_equal(*read)
 
 
-def test_the_graph_in_torch_is_the_graph(distilled: Path, tmp_path: Path) -> None:
-    model = load_graph(distilled / GRAPH)
-    student = TorchGraph(model, partial(read_initializer, folder=distilled))
-    exact = onnx.load(distilled / GRAPH)
+SPLIT = "common_tokens = 100\n" + '[[group]]\nmatch = "*.rare"\n' + _GROUP.format(4, "true", 6, "false", "gptq")
+
+
+@pytest.mark.parametrize("head", ["", SPLIT], ids=["whole table", "table in parts"])
+def test_the_graph_in_torch_is_the_graph(head: str, tiny_bundle: Path, files: Path, tmp_path: Path) -> None:
+    rows = ROWS.replace('"embed.weight"', '"embed.weight*"')
+    (tmp_path / "recipe.toml").write_text(head.replace("[[", "distill_steps = 4\n[[", 1) + rows)
+    made = make(tiny_bundle, files, tmp_path / "made", str(tmp_path / "recipe.toml"))
+    student = TorchGraph(load_graph(made / GRAPH), partial(read_initializer, folder=made))
+    exact = onnx.load(made / GRAPH)
     for node in exact.graph.node:
         for attribute in node.attribute:
             if attribute.name == "accuracy_level":
                 attribute.i = 1  # activations stay as they are
     ids = np.random.default_rng(1).integers(0, 300, 50)
-    (tmp_path / "b").mkdir()
-    for file in distilled.iterdir():
-        if file.name != "manifest.json":
-            (tmp_path / "b" / file.name).write_bytes(file.read_bytes())
-    onnx.save(exact, tmp_path / "b" / GRAPH)
-    session = Session(open_bundle(tmp_path / "b"), threads=1)
+    onnx.save(exact, made / GRAPH)
+    (made / "manifest.json").unlink()
+    session = Session(open_bundle(made), threads=1)
     expected = session.run(ids.tolist(), session.new_cache(), every_row=True)
     with torch.no_grad():
         got = student(torch.from_numpy(ids[None]))[0].numpy()
