@@ -6,10 +6,11 @@ Computing happens in worker threads, where it releases the interpreter's lock; t
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 from gptedge.config import SamplingParams
 from gptedge.conversation import Chat
@@ -19,10 +20,25 @@ from gptedge.model import Model
 from gptedge.runtime.adapter import Adapter
 from gptedge.runtime.generate import Chunk, Result, Stream
 
+T = TypeVar("T")
 
-def _next(stream: Stream) -> Chunk | None:
-    """The next chunk, or None at the end: StopIteration cannot cross a future."""
-    return next(stream, None)
+
+async def _in_thread(stream: Stream, work: Callable[[], T]) -> T:
+    """Let a thread read the stream; where the task is cancelled, so is the stream, and its end is waited for."""
+    working = asyncio.ensure_future(asyncio.to_thread(work))
+    try:
+        return await asyncio.shield(working)
+    except asyncio.CancelledError:
+        stream.cancel()
+        await asyncio.wait([working])
+        raise
+
+
+async def _whole(make: Callable[[], Stream]) -> Result:
+    """A reply that is read in one thread from beginning to end."""
+    stream = await asyncio.to_thread(make)
+    await _in_thread(stream, lambda: deque(stream, maxlen=0))
+    return stream.result
 
 
 class AsyncStream:
@@ -31,9 +47,10 @@ class AsyncStream:
     def __init__(self, make: Callable[[], Stream]) -> None:
         self._make = make
         self._stream: Stream | None = None
+        self._is_cancelled = False
 
     async def __aenter__(self) -> AsyncStream:
-        self._stream = await asyncio.to_thread(self._make)
+        await self._opened()
         return self
 
     async def __aexit__(
@@ -41,33 +58,45 @@ class AsyncStream:
     ) -> None:
         await self.close()
 
-    async def __aiter__(self) -> AsyncIterator[Chunk]:
-        if self._stream is None:
-            async with self:
-                async for chunk in self:
-                    yield chunk
-            return
-        while (part := await asyncio.to_thread(_next, self._stream)) is not None:
-            yield part
+    def __aiter__(self) -> AsyncStream:
+        return self
+
+    async def __anext__(self) -> Chunk:
+        stream = await self._opened()
+        # None at the end: StopIteration cannot cross a future.
+        chunk = await _in_thread(stream, lambda: next(stream, None))
+        if chunk is None:
+            raise StopAsyncIteration
+        return chunk
+
+    def __del__(self) -> None:
+        """A loop that was left: the thread that read last may hold the stream a moment longer."""
+        self.cancel()
 
     def cancel(self) -> None:
         """As `Stream.cancel`."""
-        self._open.cancel()
+        self._is_cancelled = True
+        if self._stream is not None:
+            self._stream.cancel()
 
     async def close(self) -> None:
         """Cancel, and take in what is left, so that `result` is there."""
+        self._is_cancelled = True
         if self._stream is not None:
             self._stream.cancel()
             await asyncio.shield(asyncio.to_thread(self._stream.close))
 
     @property
     def result(self) -> Result:
-        return self._open.result
-
-    @property
-    def _open(self) -> Stream:
         if self._stream is None:
-            raise RuntimeError("iterate over this stream, or enter it with `async with`, first")
+            raise UsageError("this reply has not begun; iterate over it first, or enter it with `async with`")
+        return self._stream.result
+
+    async def _opened(self) -> Stream:
+        if self._stream is None:
+            self._stream = await asyncio.to_thread(self._make)
+            if self._is_cancelled:
+                self._stream.cancel()
         return self._stream
 
 
@@ -78,7 +107,7 @@ class AsyncChat:
         self.chat = chat
 
     async def send(self, text: str, **changes: Any) -> Result:
-        return await asyncio.to_thread(self.chat.send, text, **changes)
+        return await _whole(lambda: self.chat.stream(text, **changes))
 
     def stream(self, text: str, **changes: Any) -> AsyncStream:
         return AsyncStream(lambda: self.chat.stream(text, **changes))
@@ -141,7 +170,8 @@ class AsyncModel:
         self, prompt: Sequence[str], params: SamplingParams | None = None, **changes: Any
     ) -> list[str]: ...
     async def generate(self, prompt: str | Sequence[str], params: SamplingParams | None = None, **changes: Any) -> Any:
-        return await asyncio.to_thread(lambda: self.model.generate(prompt, params, **changes))
+        done = await self.run(prompt, params, **changes)
+        return done.text if isinstance(done, Result) else [result.text for result in done]
 
     @overload
     async def run(self, prompt: str, params: SamplingParams | None = None, **changes: Any) -> Result: ...
@@ -150,6 +180,9 @@ class AsyncModel:
         self, prompt: Sequence[str], params: SamplingParams | None = None, **changes: Any
     ) -> list[Result]: ...
     async def run(self, prompt: str | Sequence[str], params: SamplingParams | None = None, **changes: Any) -> Any:
+        """Lists are run to their end, even where the task is cancelled."""
+        if isinstance(prompt, str):
+            return await _whole(lambda: self.model.stream(prompt, params, **changes))
         return await asyncio.to_thread(lambda: self.model.run(prompt, params, **changes))
 
     def stream(self, prompt: str, params: SamplingParams | None = None, **changes: Any) -> AsyncStream:

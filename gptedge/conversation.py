@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from gptedge.config import SamplingParams
 from gptedge.errors import DataError, UsageError
-from gptedge.runtime.generate import Chunk, Result, Stream, chunks
+from gptedge.runtime.generate import Chunks, Result, Stream, chunks
 from gptedge.runtime.kv_file import load_cache, save_cache
 from gptedge.text import checked_text
 from gptedge.turns import Messages, Turns
@@ -145,7 +145,7 @@ class Chat:
             raise UsageError(_BUSY)
         adapter = model.adapter
 
-        def make(cancelled: threading.Event) -> Iterator[Chunk]:
+        def make(cancelled: threading.Event) -> Chunks:
             self._take(before)  # only now: a stream that is never read must not block the chat
             self._cache.use(adapter)
             return chunks(model.session, model.tokenizer, self._cache, window, settings, cancelled)

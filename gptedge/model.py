@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from operator import index
 from pathlib import Path
@@ -21,7 +21,7 @@ from gptedge.loading import likely_long, load
 from gptedge.runtime.adapter import Adapter
 from gptedge.runtime.batch import BATCH_SIZE, generate_batch
 from gptedge.runtime.context import PlainText, Shortener, Window
-from gptedge.runtime.generate import Chunk, Result, Stream, chunks
+from gptedge.runtime.generate import Chunks, Result, Stream, chunks
 from gptedge.runtime.sampling import check_bias
 from gptedge.runtime.session import Session
 from gptedge.text import checked_text
@@ -102,7 +102,7 @@ class Model:
         settings = sampling_params(params, changes)
         window, adapter = self.window(prompt, settings), self.adapter
 
-        def make(cancelled: Event) -> Iterator[Chunk]:
+        def make(cancelled: Event) -> Chunks:
             return chunks(self.session, self.tokenizer, self.session.new_cache(adapter), window, settings, cancelled)
 
         return Stream(make, on_end=lambda _: None, prompt_tokens=len(window.ids))

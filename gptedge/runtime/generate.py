@@ -9,14 +9,14 @@ from __future__ import annotations
 import threading
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from types import TracebackType
 from typing import Literal
 
 from gptedge.config import SamplingParams
-from gptedge.errors import UsageError
+from gptedge.errors import GptEdgeError, UsageError
 from gptedge.runtime.context import Window
 from gptedge.runtime.kv_cache import KVCache
 from gptedge.runtime.sampling import Sampler, TokenLogprob, logprob_of
@@ -58,6 +58,9 @@ class Chunk:
     timings: Timings | None = None
 
 
+Chunks = Generator[Chunk, None, None]
+
+
 @dataclass(frozen=True)
 class Result:
     text: str
@@ -86,10 +89,10 @@ class Clock:
     def timings(self) -> Timings:
         now = time.perf_counter()
         first = self.first or now
-        prefill, decode = first - self.start, now - first
+        prefill, decode, run = first - self.start, now - first, self.prompt_tokens - self.cached_tokens
         return Timings(
             ttft_ms=round(prefill * 1000, 2),
-            prefill_tokens_per_s=round((self.prompt_tokens - self.cached_tokens) / prefill, 2) if prefill else 0.0,
+            prefill_tokens_per_s=round(run / prefill, 2) if self.generated and prefill else 0.0,
             decode_tokens_per_s=round((self.generated - 1) / decode, 2) if self.generated > 1 and decode else 0.0,
             cached_tokens=self.cached_tokens,
         )
@@ -107,7 +110,7 @@ def steps(
 
     `cache` holds a proper prefix of `prompt`, which is not run again; in the end it holds all but the last token given.
     """
-    first = session.prefill(prompt[len(cache) :], cache, stop=cancelled)
+    first = None if cancelled.is_set() else session.prefill(prompt[len(cache) :], cache, stop=cancelled)
     if first is None:
         return
     sampler, lookup = sampler or Sampler(params, prompt, session.vocab_size), PromptLookup(prompt)
@@ -193,7 +196,7 @@ def chunks(
     window: Window,
     params: SamplingParams,
     cancelled: threading.Event,
-) -> Iterator[Chunk]:
+) -> Chunks:
     """A reply to the prompt in `window` as text in whole characters; the last chunk says how it ended.
 
     The cache may hold anything: its longest prefix in common with the prompt is used. The prompt must fit the context.
@@ -233,12 +236,13 @@ class Writer:
 class Stream:
     """A reply under way. Iterate over its chunks; `cancel()` from any thread ends it with what has come so far.
 
-    As a context manager it is cancelled on leaving, should it still run. `result` is there once iteration has ended.
+    As a context manager it is cancelled on leaving, should it still run, and so is one that nobody holds any more.
+    `result` is there once iteration has ended.
     """
 
     def __init__(
         self,
-        make_chunks: Callable[[threading.Event], Iterator[Chunk]],
+        make_chunks: Callable[[threading.Event], Chunks],
         on_end: Callable[[Result | None], None],
         *,
         prompt_tokens: int = 0,
@@ -247,26 +251,12 @@ class Stream:
 
         `prompt_tokens` is for the result of a reply that an error ended, and so has no last chunk.
         """
-        self._prompt_tokens = prompt_tokens
         self._cancelled = threading.Event()
-        self._on_end = on_end
-        self._chunks = self._run(make_chunks)
-        self._reading = threading.RLock()
-        self._result: Result | None = None
-
-    def _run(self, make_chunks: Callable[[threading.Event], Iterator[Chunk]]) -> Iterator[Chunk]:
-        got: list[Chunk] = []
-        parts = make_chunks(self._cancelled)
-        try:
-            for chunk in parts:
-                got.append(chunk)
-                if chunk.finish_reason:
-                    self._result = join(got)
-                yield chunk
-        finally:
-            if self._result is None and got:
-                self._result = join(got, self._prompt_tokens)
-            self._on_end(self._result)
+        self._ended: list[Result] = []
+        # No method of this object: a stream that is dropped must end at once, not when cycles are collected.
+        chunks = _read(make_chunks, self._cancelled, on_end, prompt_tokens, self._ended)
+        self._chunks: Iterator[Chunk] = chunks
+        self._reading = threading.Lock()
 
     def __iter__(self) -> Iterator[Chunk]:
         return self
@@ -286,9 +276,15 @@ class Stream:
     def cancel(self) -> None:
         """Stop after the token, or the piece of 256 tokens of the prompt, that is being computed.
 
-        Returns at once; safe from any thread, and more than once.
+        Does not wait for it; safe from any thread, and more than once. Where nobody is reading, the reply ends here,
+        and its last chunk can still be read.
         """
         self._cancelled.set()
+        if self._reading.acquire(blocking=False):
+            try:
+                self._chunks = _drained(self._chunks)
+            finally:
+                self._reading.release()
 
     def close(self) -> None:
         """Cancel, and take in what is left, so that `result` is there."""
@@ -298,9 +294,47 @@ class Stream:
 
     @property
     def result(self) -> Result:
-        if self._result is None:
+        if not self._ended:
             raise UsageError("this reply has not ended; iterate to its end, or leave the with block, first")
-        return self._result
+        return self._ended[0]
+
+
+def _read(
+    make_chunks: Callable[[threading.Event], Chunks],
+    cancelled: threading.Event,
+    on_end: Callable[[Result | None], None],
+    prompt_tokens: int,
+    ended: list[Result],
+) -> Chunks:
+    """What `make_chunks` gives; the result goes into `ended`, however it ends, before the last chunk is given."""
+    got: list[Chunk] = []
+    parts = make_chunks(cancelled)
+    try:
+        for chunk in parts:
+            got.append(chunk)
+            if chunk.finish_reason:
+                ended.append(join(got))
+            yield chunk
+    finally:
+        parts.close()
+        if got and not ended:
+            ended.append(join(got, prompt_tokens))
+        on_end(ended[0] if ended else None)
+
+
+def _drained(chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+    """The chunks of a reply that was cancelled, all taken in; what it raises, only its reader meets."""
+    got: list[Chunk] = []
+    try:
+        got.extend(chunks)
+    except GptEdgeError as e:
+        return _raising(got, e)
+    return iter(got)
+
+
+def _raising(got: list[Chunk], error: GptEdgeError) -> Iterator[Chunk]:
+    yield from got
+    raise error
 
 
 def join(parts: Sequence[Chunk], prompt_tokens: int = 0) -> Result:

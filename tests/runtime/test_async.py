@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 from pathlib import Path
 
@@ -79,3 +80,25 @@ async def test_what_the_twins_have_beyond_asking(tiny_bundle: Path) -> None:
     await model.close()
     with pytest.raises(gptedge.BundleError, match="closed"):
         await model.generate("The")
+
+
+async def test_what_is_cancelled_stops_and_frees_its_chat(tiny_bundle: Path) -> None:
+    """A task that is cancelled in its midst; a loop that is left; a stream that has not begun."""
+    async with await gptedge.AsyncModel.load(tiny_bundle, threads=1) as twin:
+        chat = twin.chat(max_tokens=250, stop=["never"])
+        for ask in (lambda: chat.send("hi"), lambda: twin.generate("The", max_tokens=250, seed=1)):
+            task = asyncio.create_task(ask())
+            await asyncio.sleep(0.01)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        assert (await chat.send("and now", max_tokens=2)).usage.completion_tokens <= 2
+        async for _ in chat.stream("more"):
+            break
+        await chat.send("again", max_tokens=2)
+        stream = chat.stream("not yet")
+        with pytest.raises(gptedge.UsageError, match="has not begun"):
+            print(stream.result)
+        stream.cancel()
+        (last,) = [chunk async for chunk in stream]
+        assert (last.finish_reason, stream.result.token_ids) == ("cancelled", ())

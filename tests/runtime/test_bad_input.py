@@ -178,11 +178,35 @@ def test_threads_that_share_a_stream(model: gptedge.Model) -> None:
 
 
 def test_abandoned_stream_frees_its_chat(model: gptedge.Model) -> None:
-    chat = model.chat(**endless(model))
-    next(chat.stream("The"))
-    gc.collect()
-    chat.send("more", max_tokens=2)
+    """At once, and its reply stays as far as it came: what is left of it is no cycle for the collector to find."""
+    chat = model.chat(max_tokens=40, temperature=0)
+    gc.disable()
+    try:
+        for _ in chat.stream("hi"):
+            break
+        assert len(chat.messages) == 2
+        chat.send("and now", max_tokens=2)
+    finally:
+        gc.enable()
     assert [m["role"] for m in chat.messages] == ["user", "assistant"] * 2
+
+
+def test_cancelled_stream_that_nobody_reads_frees_its_chat(model: gptedge.Model) -> None:
+    """Its last chunk can still be read, and its result is there."""
+    chat = model.chat(max_tokens=40, temperature=0)
+    stream = chat.stream("hi")
+    first = next(stream)
+    stream.cancel()
+    assert stream.result.finish_reason == "cancelled"
+    assert stream.result.token_ids == first.token_ids
+    chat.send("and now", max_tokens=2)
+    (last,) = stream
+    assert last.finish_reason == "cancelled"
+    unread = chat.stream("more")
+    unread.cancel()
+    assert unread.result.usage.completion_tokens == 0
+    assert unread.result.timings.prefill_tokens_per_s == 0
+    chat.clear()
 
 
 def test_closing_while_others_generate(tiny_bundle: Path) -> None:
