@@ -13,6 +13,7 @@ from gptedge.config import SamplingParams
 from gptedge.errors import DataError, UsageError
 from gptedge.runtime.generate import Chunks, Result, Stream, chunks
 from gptedge.runtime.kv_file import load_cache, save_cache
+from gptedge.runtime.prefixes import common_prefix
 from gptedge.text import checked_text
 from gptedge.turns import Messages, Turns
 
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
 
 _BUSY = "this chat is already answering; cancel that reply, or use another chat"
 _GONE_ON = "this chat has gone on since this reply was asked for; ask again"
+_FIRST_QUESTION = ["system", "user"]
+"""Roles of the messages when a chat with a system message is asked first."""
+_QUESTIONS = ("a", "7")
+"""Two that have no first token in common."""
 ROLES = ("system", "user", "assistant")
 
 
@@ -133,6 +138,12 @@ class Chat:
             return [*ids, *prompt.encode(text[len(spoken) :], continued=True)]
         return prompt.encode(text)
 
+    def _length_of_system(self, message: Mapping[str, str]) -> int:
+        """Tokens of a prompt that are the system message's, whatever is asked after it."""
+        render, encode = self._model.chat_prompt.render, self._model.chat_prompt.encode
+        prompts = [encode(render([dict(message), {"role": "user", "content": text}])) for text in _QUESTIONS]
+        return common_prefix(*prompts)
+
     def _reply(self, before: Messages, messages: Messages, changes: dict[str, Any]) -> Stream:
         """A reply to `messages`, as long as the history is what it was `before`."""
         from gptedge.model import sampling_params
@@ -148,6 +159,8 @@ class Chat:
         def make(cancelled: threading.Event) -> Chunks:
             self._take(before)  # only now: a stream that is never read must not block the chat
             self._cache.use(adapter)
+            if not len(self._cache):
+                self._cache = model.prefixes.copy_for(window.ids, adapter) or self._cache
             return chunks(model.session, model.tokenizer, self._cache, window, settings, cancelled)
 
         def end(result: Result | None) -> None:
@@ -156,6 +169,8 @@ class Chat:
                 self.dropped_messages = turns.dropped
                 reply = model.tokenizer.decode(result.token_ids, skip_special_tokens=False)
                 self._spoken = (turns.text + reply, [*turns.ids, *result.token_ids])
+                if [m["role"] for m in messages] == _FIRST_QUESTION:
+                    model.prefixes.keep(self._cache, self._length_of_system(messages[0]))
             self._busy.release()
 
         return Stream(make, end, prompt_tokens=len(window.ids))

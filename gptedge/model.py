@@ -22,6 +22,7 @@ from gptedge.runtime.adapter import Adapter
 from gptedge.runtime.batch import BATCH_SIZE, generate_batch
 from gptedge.runtime.context import PlainText, Shortener, Window
 from gptedge.runtime.generate import Chunks, Result, Stream, chunks
+from gptedge.runtime.prefixes import Prefixes
 from gptedge.runtime.sampling import check_bias
 from gptedge.runtime.session import Session
 from gptedge.text import checked_text
@@ -39,6 +40,8 @@ class Model:
         """Who chose the number of threads: see tuning.Choice."""
         self.session = session
         self.tokenizer = tokenizer
+        self.prefixes = Prefixes()
+        """What chats began with, to be shared by those that begin alike."""
         self.adapter: Adapter | None = None
         """What `load_adapter` gave, or None: used by generations that begin from now on, and by chats' next replies."""
 

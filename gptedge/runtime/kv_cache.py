@@ -100,13 +100,13 @@ class KVCache:
         self.truncate(n)
         return n
 
-    def copy(self) -> KVCache:
-        """An independent cache of the same tokens."""
+    def copy(self, n_tokens: int | None = None) -> KVCache:
+        """An independent cache of the same tokens, or of the first `n_tokens` of them."""
         twin = KVCache(self._ort, self._layout, self.adapter)
-        twin.ids = list(self.ids)
+        twin.ids = self.ids[:n_tokens]
         twin.capacity, twin.buffers = self.capacity, list(self.buffers)
         if self._layout.shared:  # growing tensors are never written to, and may stay common
-            twin._resize(max(len(self), 1))
+            twin._resize(max(len(twin), 1))
         return twin
 
     def tensors(self) -> Iterator[npt.NDArray[Any]]:

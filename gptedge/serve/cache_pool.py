@@ -1,7 +1,8 @@
 """A few recent KV caches, so that the next turn of a chat does not run its whole history again.
 
-Does: lends the idle cache that has most in common with a prompt, to one borrower at a time; forgets the least recently
-used. Does not: know which chat a request belongs to; a cache is recognised by its tokens alone.
+Does: lends the idle cache that has most in common with a prompt, if most of it would stay, to one borrower at a time,
+or a copy of what another has in common with it, such as a system message; forgets the least recently used. Does not:
+know which chat a request belongs to; a cache is recognised by its tokens alone.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 
 from gptedge.runtime.adapter import Adapter
 from gptedge.runtime.kv_cache import KVCache
+from gptedge.runtime.prefixes import SHORTEST, common_prefix
 
 
 class CachePool:
@@ -37,17 +39,16 @@ class CachePool:
     def _take(self, prompt: Sequence[int], adapter: Adapter | None) -> KVCache:
         with self._lock:
             self._n_lent += 1
-            of_its_kind = [cache for cache in self._idle if cache.adapter is adapter]
-            best = max(of_its_kind, key=lambda cache: common_prefix(cache.ids, prompt), default=None)
-            if best is not None and _continues(best.ids, prompt):
-                return self._remove(best)
+            alike = {i: common_prefix(c.ids, prompt) for i, c in enumerate(self._idle) if c.adapter is adapter}
+            whole = [i for i, n in alike.items() if _continues(self._idle[i].ids, n)]
+            if whole:
+                return self._idle.pop(max(whole, key=alike.__getitem__))
+            best = max(alike, key=alike.__getitem__, default=None)
+            made = self._idle[best].copy(alike[best]) if best is not None and alike[best] >= SHORTEST else None
             if self._n_lent + len(self._idle) <= self._size or not self._idle:
-                return self._new_cache()
-            return self._remove(self._idle[0])
-
-    def _remove(self, cache: KVCache) -> KVCache:
-        self._idle = [c for c in self._idle if c is not cache]
-        return cache
+                return made or self._new_cache()
+            oldest = self._idle.pop(0)
+            return made or oldest
 
     def _give_back(self, cache: KVCache) -> None:
         with self._lock:
@@ -56,14 +57,9 @@ class CachePool:
             del self._idle[: max(0, self._n_lent + len(self._idle) - self._size)]
 
 
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens both begin with."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def _continues(held: Sequence[int], prompt: Sequence[int]) -> bool:
+def _continues(held: Sequence[int], alike: int) -> bool:
     """Whether most of a cache would stay.
 
     Chats share their template's first tokens, and must not rob one another for those.
     """
-    return 0 < len(held) <= 2 * common_prefix(held, prompt)
+    return 0 < len(held) <= 2 * alike

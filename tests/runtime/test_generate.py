@@ -251,6 +251,21 @@ def test_unread_stream_does_not_block_the_chat(model: gptedge.Model) -> None:
     chat.send("read")
 
 
+def test_chats_with_one_system_message_run_it_once(model: gptedge.Model) -> None:
+    """Each with a cache of its own, and replies as if nothing were shared."""
+    system = "You know all about foxes, dogs and jumping. " * 3
+    first, second = (model.chat(system=system, max_tokens=6, temperature=0) for _ in range(2))
+    assert first.send("What jumps?").timings.cached_tokens == 0
+    n_system = len(model.chat_prompt.encode(model.chat_prompt.render(second.messages)).copy())
+    reply = second.send("Why?")
+    assert reply.timings.cached_tokens >= n_system - 2 >= 32
+    assert first.send("And then?").timings.cached_tokens > n_system
+    other = model.chat(system="Another. " * 20, max_tokens=6)
+    assert other.send("Why?").timings.cached_tokens < 32
+    with gptedge.load(model.bundle.path, threads=1) as alone:
+        assert alone.chat(system=system, max_tokens=6, temperature=0).send("Why?").token_ids == reply.token_ids
+
+
 def test_fork_edit_regenerate_clear(model: gptedge.Model) -> None:
     chat = model.chat(system="S", max_tokens=6)
     chat.send("one")

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from gptedge.runtime.kv_cache import CacheLayout, KVCache
-from gptedge.serve.cache_pool import CachePool, common_prefix
+from gptedge.runtime.prefixes import SHORTEST, common_prefix
+from gptedge.serve.cache_pool import CachePool
 
 
 def new_cache() -> KVCache:
@@ -123,3 +124,23 @@ def test_from_many_threads() -> None:
     assert len(wrong) == 600
     made: Any = pool._idle
     assert 1 <= len(made) <= 3
+
+
+def test_a_long_cache_does_not_hide_a_shorter_one_that_continues() -> None:
+    pool = CachePool(new_cache, 4)
+    system = [7] * 20
+    run(pool, [*system, *range(100, 200)])
+    short = run(pool, [*system, 1])
+    assert run(pool, [*system, 2]) is short
+
+
+def test_a_shared_beginning_is_copied() -> None:
+    """From a cache of which most would go, where it is long enough; the other stays as it is."""
+    pool = CachePool(new_cache, 4)
+    for n in (SHORTEST - 1, SHORTEST):
+        system = [n] * n
+        first = run(pool, [*system, *range(100, 300)])
+        with pool.borrow([*system, 1]) as cache:
+            assert cache is not first
+            assert cache.ids == (system if n >= SHORTEST else [])
+        assert len(first) == n + 200
