@@ -43,5 +43,12 @@ option --max-kl "${MAX_KL:-}"
 option --min-top1 "${MIN_TOP1:-}"
 option --max-ppl-increase "${MAX_PPL_INCREASE:-}"
 option --baseline "${BASELINE:-}"
+# Into the file only once there are figures, so that the last ones stay until then: BASELINE may be the same file.
+code=0
 gptedge eval "$work/quantized" --reference "$work/fp32" --text "$text" \
-    ${options[@]+"${options[@]}"} --json >"$work/eval.json"
+    ${options[@]+"${options[@]}"} --json >"$work/eval.json.new" || code=$?
+case $code in
+    0 | 4) mv "$work/eval.json.new" "$work/eval.json" ;;
+    *) rm -f "$work/eval.json.new" ;;
+esac
+exit "$code"

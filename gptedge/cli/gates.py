@@ -30,7 +30,6 @@ MaxSizeMb = Annotated[
 ]
 
 
-BASELINE_SLACK = 0.02
 SAME_TEXT = ("ids_sha256", "tokens")
 """What tells whether two results are of the same tokens."""
 
@@ -42,6 +41,10 @@ class Fact:
     label: str
     is_upper: bool
     """More is worse."""
+    slack: float
+    """How much of an earlier value a later one may be worse by: processors and seeds round differently."""
+    interval: str = ""
+    """Where its confidence interval stands, if it has one; half of that is room, too."""
     is_share: bool = False
     """Shown in percent."""
 
@@ -50,10 +53,10 @@ class Fact:
 
 
 FACTS = {
-    "ppl_increase": Fact("perplexity increase", is_upper=True, is_share=True),
-    "kl_divergence.mean": Fact("mean KL divergence", is_upper=True),
-    "top1_agreement": Fact("top-1 agreement", is_upper=False, is_share=True),
-    "size_mb": Fact("size in MB", is_upper=True),
+    "ppl_increase": Fact("perplexity increase", True, slack=0.05, interval="ppl_increase_interval", is_share=True),
+    "kl_divergence.mean": Fact("mean KL divergence", True, slack=0.05),
+    "top1_agreement": Fact("top-1 agreement", False, slack=0.01, is_share=True),
+    "size_mb": Fact("size in MB", True, slack=0.01),
 }
 """By where they stand in eval's JSON, in dotted keys."""
 
@@ -152,7 +155,7 @@ def _read_baseline(path: Path) -> dict[str, Any]:
 
 
 def _no_worse_than(earlier: Mapping[str, Any], path: Path) -> list[Gate]:
-    """Gates at the values of an earlier result, with BASELINE_SLACK of room, since processors round differently."""
+    """Gates at the values of an earlier result, with some room."""
     gates = []
     for key, fact in FACTS.items():
         value = _look_up(earlier, key)
@@ -161,9 +164,17 @@ def _no_worse_than(earlier: Mapping[str, Any], path: Path) -> list[Gate]:
                 f"baseline {path} has {'no' if value is None else repr(value) + ' as'} {key}; "
                 "make it with gptedge eval --text FILE --reference BUNDLE --json"
             )
-        room = BASELINE_SLACK * abs(value)
+        room = max(fact.slack * abs(value), _half(earlier.get(fact.interval)))
         gates.append(Gate(f"baseline {key}", key, value + room if fact.is_upper else value - room))
     return gates
+
+
+def _half(interval: Any) -> float:
+    """Of an interval's width; 0 of anything else."""
+    match interval:
+        case [int() | float() as low, int() | float() as high] if math.isfinite(high - low):
+            return max(0.0, (high - low) / 2)
+    return 0.0
 
 
 def _look_up(facts: Mapping[str, Any], dotted: str) -> Any:

@@ -57,7 +57,7 @@ def test_bounds_that_are_not_numbers(bad: tuple[Any, ...]) -> None:
 
 @pytest.mark.parametrize(
     "worse",
-    [{"ppl_increase": 0.021}, {"kl_divergence": {"mean": 0.011}}, {"top1_agreement": 0.9}, {"size_mb": 99}],
+    [{"ppl_increase": 0.0211}, {"kl_divergence": {"mean": 0.011}}, {"top1_agreement": 0.9}, {"size_mb": 99}],
 )
 def test_baseline_is_the_bound(baseline: Path, worse: dict[str, Any]) -> None:
     gates = requested(None, None, None, None, baseline)
@@ -65,6 +65,16 @@ def test_baseline_is_the_bound(baseline: Path, worse: dict[str, Any]) -> None:
     judged(gates, EARLIER).raise_if_failed()
     with pytest.raises(GateFailed, match=f"gate baseline {next(iter(worse))}"):
         judged(gates, {**EARLIER, **worse}).raise_if_failed()
+
+
+def test_a_baseline_near_zero_leaves_the_room_of_its_interval(tmp_path: Path) -> None:
+    """A share of a value near zero is no room, and one that was below zero by luck must not bind what is no worse."""
+    earlier = {**EARLIER, "ppl_increase": -7.4e-5, "ppl_increase_interval": [-1.4e-4, -8e-6]}
+    (tmp_path / "b.json").write_text(json.dumps(earlier))
+    gates = requested(None, None, None, None, tmp_path / "b.json")
+    judged(gates, {**EARLIER, "ppl_increase": -1e-5}).raise_if_failed()
+    with pytest.raises(GateFailed, match="gate baseline ppl_increase"):
+        judged(gates, {**EARLIER, "ppl_increase": 1e-3}).raise_if_failed()
 
 
 @pytest.mark.parametrize(

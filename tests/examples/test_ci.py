@@ -79,6 +79,12 @@ def test_steps_make_a_bundle_and_judge_it(workflow: dict[Any, Any], repository: 
     result = json.loads(figures.read_text())
     assert [gate["ok"] for gate in result["gates"]] == [True] * 4
     assert (repository / "summary.md").read_text().count("✅") == 4
+    # The very file may be the baseline; a bound that is none leaves it as it is.
+    kept = figures.read_text()
+    bad = run_steps(workflow, repository, **{**bounds, "MIN_TOP1": "93"}, BASELINE=str(figures))
+    assert (bad.returncode, figures.read_text()) == (2, kept), bad.stderr
+    same = run_steps(workflow, repository, **bounds, BASELINE=str(figures))
+    assert same.returncode == 0, same.stderr
     # Its own result is a baseline it meets; a bound it cannot meet ends with 4 and leaves the figures.
     shutil.copy(figures, repository / "ci" / "eval.json")
     figures.unlink()
