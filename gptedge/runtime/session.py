@@ -7,7 +7,10 @@ of 256 tokens of a prompt.
 
 from __future__ import annotations
 
+import atexit
+import os
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -81,6 +84,7 @@ class Session:
         self._run_options = self._ort.RunOptions()
         self.lock = FairLock()
         """Held while the graph runs."""
+        _LOCKS.add(self.lock)
         self._unverified = _verify_small_files(bundle) if check else {}
         self._ahead: Future[Any] | None = None
         if long_prompts and choose_provider(provider, self._ort.get_available_providers()) == PROVIDERS["cpu"]:
@@ -305,6 +309,18 @@ class Session:
         with self.lock:
             self._session = _Closed()
             self.__dict__["_prompt_graph"] = self._ahead = None
+
+
+_LOCKS, _PROCESS = weakref.WeakSet[FairLock](), os.getpid()
+
+
+@atexit.register
+def _let_runs_end() -> None:
+    """No session computes from now on. A thread that dies within onnxruntime, as daemons do when the interpreter ends,
+    would abort the process."""
+    if os.getpid() == _PROCESS:  # in a fork, who held a lock is gone
+        for lock in list(_LOCKS):
+            lock.__enter__()
 
 
 class _Closed:

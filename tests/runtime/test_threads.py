@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -85,3 +87,20 @@ def test_idle_model_uses_no_processor_time(tiny_bundle: Path) -> None:
         time.sleep(0.05)
         idle += time.process_time() - before
     assert idle < 0.1
+
+
+LEAVING = """
+import sys, threading, time, gptedge
+model = gptedge.load(sys.argv[1], threads=2)
+ask = lambda: [model.generate("The", max_tokens=200, seed=i) for i in range(1000)]
+for _ in range(3):
+    threading.Thread(target=ask, daemon=True).start()
+time.sleep(0.2)
+"""
+
+
+def test_a_program_may_end_while_daemons_generate(tiny_bundle: Path) -> None:
+    """Of a thread that dies within onnxruntime, the whole process would."""
+    for _ in range(4):
+        done = subprocess.run([sys.executable, "-c", LEAVING, tiny_bundle], capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stderr) == (0, "")
