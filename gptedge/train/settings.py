@@ -119,7 +119,7 @@ class LoopConfig:
         if self.qat is not None:
             check_choice("qat", self.qat, QAT_RECIPES)
         for name, (kind, low, high) in self.bounds.items():
-            _check_number(name, getattr(self, name), kind, low, high)
+            object.__setattr__(self, name, _checked_number(name, getattr(self, name), kind, low, high))
 
     def to_dict(self) -> dict[str, Any]:
         """What `from_dict` reads."""
@@ -176,11 +176,15 @@ def check_switch(name: str, value: Any) -> None:
         raise UsageError(f"{name} is {value!r}; it must be true or false")
 
 
-def _check_number(name: str, value: Any, kind: type, low: float, high: float) -> None:
-    """None passes; an integer is a number too, a bool is none."""
+def _checked_number(name: str, value: Any, kind: type, low: float, high: float) -> Any:
+    """`value` as its kind: an integer is a number too, which becomes a float where one is meant; a bool is none.
+
+    None passes.
+    """
     if value is None:
-        return
+        return None
     noun = "a whole number" if kind is int else "a number"
     wanted = int if kind is int else (int, float)
     if isinstance(value, bool) or not isinstance(value, wanted) or not low <= value <= high:
         raise UsageError(f"{name} is {value!r}; it must be {noun} from {low:g} to {high:g}")
+    return kind(value)

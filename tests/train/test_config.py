@@ -57,6 +57,15 @@ def test_toml_then_overrides(tmp_path: Path) -> None:
     assert TrainConfig.from_dict(config.to_dict(), where="here") == config
 
 
+def test_a_whole_number_is_a_float_where_one_is_meant(tmp_path: Path) -> None:
+    """torch refuses betas of two kinds."""
+    (tmp_path / "run.toml").write_text("beta1 = 0\nlearning_rate = 1\nmax_seconds = 60\nmax_steps = 7\n")
+    config = TrainConfig.from_toml(tmp_path / "run.toml")
+    values = [config.beta1, config.learning_rate, config.max_seconds, config.max_steps, config.recipe.learning_rate]
+    assert [type(value) for value in values] == [float, float, float, int, float]
+    assert FinetuneConfig(epochs=3, lora_alpha=16).to_dict() == FinetuneConfig().to_dict()
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
