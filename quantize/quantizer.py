@@ -53,7 +53,7 @@ from gptedge.quantize.rounding import Blocks, quantize_matrix
 from gptedge.quantize.split_table import PARTS, split_tables
 from gptedge.quantize.walk import Read, Walk
 from gptedge.quantize.work import START, remove_work, work_folder
-from gptedge.runtime.threads import default_threads
+from gptedge.runtime.threads import checked_threads, default_threads
 
 _KEPT = (LORA,)
 """What a manifest says of the float graph, and is true of the quantized one."""
@@ -110,6 +110,7 @@ def quantize(
     for option, value, known in (("prefill", prefill, prompts.PREFILLS), ("kv", kv, CACHES)):
         if value is not None and value not in known:
             raise UsageError(f"{option} is {value!r}; it must be one of {', '.join(known)}")
+    threads = default_threads() if threads is None else checked_threads(threads)
     bundle = open_bundle(Path(source))
     _check_source(bundle)
     check_destination(out, force=force)
@@ -117,7 +118,7 @@ def quantize(
     assert bundle.manifest is not None
     if calibration is not None and not Path(calibration).is_file():
         raise DataError(f"{calibration} is no file; give calibration text, or leave it out")
-    job = _Job(bundle, rows, target_mb, prefill, kv, threads or default_threads(), seed, report)
+    job = _Job(bundle, rows, target_mb, prefill, kv, threads, seed, report)
     job.check(is_users=recipe != name)
     write = job.distilled(Path(out), calibration) if rows.distill_steps else job.rounded(calibration)
     with new_folder(Path(out), force=force) as folder:

@@ -16,6 +16,7 @@ from gptedge.config import ModelConfig
 from gptedge.errors import CheckpointError
 from gptedge.evaluate.explain import Floats, Look, too_many_weights
 from gptedge.export.sources import open_source
+from gptedge.runtime.threads import checked_threads
 from gptedge.tokenizer import Tokenizer
 from gptedge.train.model import GPT, Attention, attention_weights, queries_keys_values, rope_tables
 
@@ -35,11 +36,11 @@ class Subject:
 
 
 def open_subject(path: Path, threads: int | None) -> Subject:
-    """Raises CheckpointError or UnsupportedModelError for what is no checkpoint, or has no tokenizer."""
+    """Raises CheckpointError or UnsupportedModelError for what is no checkpoint, or has no tokenizer; UsageError."""
+    if threads is not None:
+        torch.set_num_threads(checked_threads(threads))
     checkpoint = open_source(path)
     tokenizer = _tokenizer(checkpoint)
-    if threads:
-        torch.set_num_threads(threads)
     return Subject(GPT.from_checkpoint(checkpoint), tokenizer)
 
 
