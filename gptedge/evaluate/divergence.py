@@ -145,19 +145,23 @@ def score(
 
 
 def cut(ids: Sequence[int], context: int | None, max_windows: int | None, *longest: int) -> npt.NDArray[np.int64]:
-    """The first windows of a text, of DEFAULT_CONTEXT tokens or `context`, but none of `longest` exceeded.
+    """The first windows of a text, [windows, tokens], each of `context` tokens.
 
-    [windows, tokens]. Raises DataError where the text fills none.
+    Without one, of DEFAULT_CONTEXT, or of the shortest of `longest`, the models' contexts. Raises UsageError for sizes
+    that cannot be, DataError where the text fills no window.
     """
-    context = min(DEFAULT_CONTEXT if context is None else context, *longest)
+    most = min(longest)
+    context = min(DEFAULT_CONTEXT, most) if context is None else context
     if context < 4:
         raise UsageError(f"context is {context}; windows need at least 4 tokens")
-    n = len(ids) // context if max_windows is None else min(max_windows, len(ids) // context)
+    if context > most:
+        raise UsageError(f"context is {context}; windows may have {most} tokens, the model's context; lower --context")
+    if max_windows is not None and max_windows < 1:
+        raise UsageError(f"--max-windows is {max_windows}; it must be at least 1")
+    n = min(len(ids) // context, max_windows or len(ids))
     if n < 1:
-        limit = "" if max_windows is None or max_windows > 0 else f", and --max-windows is {max_windows}"
         raise DataError(
-            f"the text has {len(ids)} tokens, and one window takes {context}{limit}; "
-            "give a longer text or a smaller --context"
+            f"the text has {len(ids)} tokens, and one window takes {context}; give a longer text or a smaller --context"
         )
     return np.asarray(ids[: n * context], np.int64).reshape(n, context)
 

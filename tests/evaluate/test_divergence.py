@@ -169,6 +169,11 @@ def test_refusals(session: Session, tiny_bundle: Path) -> None:
         evaluate(session, IDS[:99], context=100)
     with pytest.raises(UsageError, match="at least 4"):
         evaluate(session, IDS, context=3)
+    with pytest.raises(UsageError, match="context is 301; windows may have 300 tokens, the model's context"):
+        evaluate(session, IDS, context=301)
+    for none in (0, -1):
+        with pytest.raises(UsageError, match=f"--max-windows is {none}; it must be at least 1"):
+            evaluate(session, IDS, context=100, max_windows=none)
     other = Session(open_bundle(tiny_bundle), threads=1)
     other.vocab_size += 1
     with pytest.raises(UsageError, match="tokens in its vocabulary"):
