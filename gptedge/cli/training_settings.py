@@ -1,5 +1,5 @@
 """Settings of the verbs that train. The first that has one decides: the flag or the environment, then the TOML file of
---config or the run that is resumed, then gptedge.toml's table, then its own default.
+--config, then the run that is resumed, then gptedge.toml's table, then its own default.
 """
 
 from __future__ import annotations
@@ -28,21 +28,24 @@ def settings_from(
     resume: bool,
 ) -> Config:
     """Of `options`, the command's own by name, those that are not None are given. Raises UsageError."""
-    from gptedge.train.output import saved_config
+    from gptedge.train.output import has_run, saved_config
 
     def in_table(name: str) -> bool:
         source = context.get_parameter_source(name)
         return source is not None and source.name == "DEFAULT_MAP"
 
+    goes_on = resume and has_run(out)
+    outranked = goes_on or not in_table("config")  # beside a file that it names itself, the table's options are flags
     given: dict[str, Any] = {}
     table: dict[str, Any] = {}
     for name, value in options.items():
         if value is not None:
-            (table if in_table(name) and not in_table("config") else given)[_FIELDS.get(name, name)] = value
+            (table if in_table(name) and outranked else given)[_FIELDS.get(name, name)] = value
+    if goes_on:
+        table = saved_config(out, kind).to_dict()
+        file = None if in_table("config") else file
     if file is not None:
         return kind.from_toml(file, given, defaults=table)
-    if resume:
-        return saved_config(out, kind, given, defaults=table)
     return kind.from_dict(table | given, where="the command line")
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from gptedge.checkpoint import CONFIG, SIDE_FILES, WEIGHTS, WEIGHTS_INDEX, read_json_object
 from gptedge.errors import CheckpointError, OutputExistsError, UsageError
@@ -34,7 +34,7 @@ def check_output(out: Path, *, resume: bool, force: bool, on_message: OnMessage)
     """
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file, and the output is a folder; choose another output")
-    there = _has_run(out)
+    there = has_run(out)
     if out.exists() and not (resume or force):
         hint = "go on with it by --resume, " if there else ""
         raise OutputExistsError(f"{out} exists already; {hint}choose another output or add --force")
@@ -45,7 +45,8 @@ def check_output(out: Path, *, resume: bool, force: bool, on_message: OnMessage)
     return resume and there
 
 
-def _has_run(out: Path) -> bool:
+def has_run(out: Path) -> bool:
+    """Whether there is one to resume."""
     return (out / STATE / RUN).is_file()
 
 
@@ -65,23 +66,13 @@ def begin_run(out: Path, config: LoopConfig, identity: Mapping[str, str], save: 
         write_json(folder / RUN, {"config": config.to_dict(), **identity})
 
 
-def saved_config(
-    out: Path,
-    kind: type[Config],
-    overrides: Mapping[str, Any] | None = None,
-    *,
-    defaults: Mapping[str, Any] | None = None,
-) -> Config:
-    """What to resume the run in `out` with: its configuration, with what is not None in `overrides`.
-
-    Where there is no run yet, that of a new one, whose settings `defaults` go before their own defaults.
-    """
+def saved_config(out: Path, kind: type[Config]) -> Config:
+    """What the run in `out` began with, or was last resumed with."""
     path = Path(out) / STATE / RUN
-    settings = read_json_object(path).get("config") if _has_run(Path(out)) else dict(defaults or {})
+    settings = read_json_object(path).get("config")
     if not isinstance(settings, dict):
         raise CheckpointError(f"{path} has no config; start the run again with --force instead of --resume")
-    given = {name: value for name, value in (overrides or {}).items() if value is not None}
-    return kind.from_dict(settings | given, where=str(path))
+    return kind.from_dict(settings, where=str(path))
 
 
 def reopen_run(out: Path, config: LoopConfig, identity: Mapping[str, str]) -> None:

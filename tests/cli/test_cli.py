@@ -189,12 +189,24 @@ def test_settings_come_from_flag_then_environment_then_file(
     assert "GPTEDGE_EVAL_MAX_KL is no setting of eval; did you mean GPTEDGE_EVAL_MAX_KLD?" in err
 
 
-def test_a_named_file_and_a_resumed_run_win_over_the_table(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def run_toml(tmp_path: Path) -> Path:
+    """The settings of a run that takes no time, beside a text for it."""
     (tmp_path / "text.txt").write_text("the cat sat on a mat and then it ran up\n" * 60)
     shape = "vocab_size = 260\ncontext_length = 8\nn_layer = 1\nn_head = 1\nn_kv_head = 1\nn_embd = 32\nn_ff = 32\n"
     (tmp_path / "run.toml").write_text(shape + "max_steps = 2\nvalidation_fraction = 0\n")
+    return tmp_path / "run.toml"
+
+
+def saved(out: Path, *names: str) -> list[object]:
+    """Settings that a run has noted."""
+    config = json.loads((out / "state" / "run.json").read_text())["config"]
+    return [config[name] for name in names]
+
+
+def test_a_named_file_and_a_resumed_run_win_over_the_table(
+    capsys: pytest.CaptureFixture[str], run_toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "g.toml").write_text("[train]\nmax-steps = 3\nthreads = 1\njson = true\n")
     monkeypatch.setenv("GPTEDGE_CONFIG", str(tmp_path / "g.toml"))
     train = ("train", "--data", tmp_path / "text.txt", "--out", tmp_path / "m")
@@ -202,11 +214,28 @@ def test_a_named_file_and_a_resumed_run_win_over_the_table(
     def steps(*flags: object) -> int:
         return run_json(capsys, *train, *flags)["steps"]
 
-    assert steps("--config", tmp_path / "run.toml") == 2
+    assert steps("--config", run_toml) == 2
+    assert steps("--resume") == 2
+    (tmp_path / "g.toml").write_text(f"[train]\nmax-steps = 3\nconfig = '{run_toml}'\n")
+    run_toml.write_text("max_steps = 5\n")
     assert steps("--resume") == 2
     monkeypatch.setenv("GPTEDGE_TRAIN_MAX_STEPS", "4")
     assert steps("--resume") == 4
-    assert json.loads((tmp_path / "m" / "state" / "run.json").read_text())["config"]["threads"] == 1
+    assert saved(tmp_path / "m", "threads") == [1]
+
+
+def test_a_run_resumed_with_its_file_keeps_what_flags_began_it_with(
+    capsys: pytest.CaptureFixture[str], run_toml: Path, tmp_path: Path
+) -> None:
+    train = ("train", "--data", tmp_path / "text.txt", "--out", tmp_path / "m", "--config", run_toml)
+    run_json(capsys, *train, "--learning-rate", "0.0001", "--threads", "1", "--seed", "3")
+    run_toml.write_text(run_toml.read_text().replace("max_steps = 2", "max_steps = 4"))
+    assert run_json(capsys, *train, "--resume")["steps"] == 4
+    assert saved(tmp_path / "m", "learning_rate", "threads", "seed", "max_steps") == [0.0001, 1, 3, 4]
+    run_toml.write_text("n_ff = 64\n")
+    code, _, err = run(capsys, *train, "--resume")
+    assert code == 2
+    assert err.endswith("cannot resume with n_ff 64: the run began with 32; leave it as it was\n")
 
 
 def test_a_recipe_that_needs_no_graph_for_prompts_says_so(

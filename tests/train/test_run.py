@@ -24,7 +24,6 @@ from gptedge.train.output import saved_config
 from gptedge.train.precision import gains_by_bfloat16
 from gptedge.train.run import run_training
 from gptedge.train.trainer import StepReport
-from tests.train.conftest import TINY
 
 TIMES = ("tokens_per_second", "elapsed_s", "eta_s")
 
@@ -203,7 +202,7 @@ def test_a_run_that_was_killed_before_it_began_begins(
     out, messages = tmp_path / "m", list[str]()
     if left is not None:
         (out / left).mkdir(parents=True)
-    config = saved_config(out, TrainConfig, {**TINY, "max_steps": 2})
+    config = replace(tiny, max_steps=2)
     assert run_training([texts], out, config=config, resume=True, on_message=messages.append).steps == 2
     assert messages[0] == f"{out} holds no run yet: beginning"
     assert not list(out.glob(".*"))
@@ -224,9 +223,7 @@ def test_a_run_that_ended_before_its_first_state_begins_again(
 def test_a_finished_run_can_be_taken_further(whole: Path, texts: Path, tiny: TrainConfig, tmp_path: Path) -> None:
     out = tmp_path / "m"
     run_training([texts], out, config=replace(tiny, max_steps=5))
-    result = run_training(
-        [texts], out, config=saved_config(out, TrainConfig, {"max_steps": 8, "seed": None}), resume=True
-    )
+    result = run_training([texts], out, config=replace(saved_config(out, TrainConfig), max_steps=8), resume=True)
     assert result.steps == 8
     assert [line["step"] for line in outcome(out)[1]] == list(range(1, 9))
 
@@ -236,7 +233,7 @@ def test_a_run_taken_further_stays_so_when_it_is_resumed_once_more(
 ) -> None:
     out, messages = tmp_path / "m", list[str]()
     run_training([texts], out, config=replace(tiny, max_steps=5))
-    further = saved_config(out, TrainConfig, {"max_steps": 12, "learning_rate": 5e-3})
+    further = replace(saved_config(out, TrainConfig), max_steps=12, learning_rate=5e-3)
     with pytest.raises(Crash):
         run_training([texts], out, config=further, resume=True, on_step=crash_at(11))
     result = run_training([texts], out, config=saved_config(out, TrainConfig), resume=True, on_message=messages.append)
