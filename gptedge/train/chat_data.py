@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from gptedge.errors import DataError
+from gptedge.train.corpus import files_of
 
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
 
@@ -82,14 +83,14 @@ class _BadRow(ValueError):
     """Why a record cannot be used."""
 
 
-def read_records(paths: Sequence[Path], *, skip_bad: bool = False) -> Records:
-    """Every record of the files, folders walked in the order of names.
+def read_records(paths: Sequence[Path], *, skip_bad: bool = False, without: Path | None = None) -> Records:
+    """Every record of the files, folders walked in the order of names; `without`, the output's folder, is left out.
 
     Raises DataError at the first that cannot be used, with its line and the reason; `skip_bad` leaves it out instead.
     Raises it too when a file cannot be read, or nothing is left.
     """
     found = Records()
-    for path in (file for given in paths for file in _files(Path(given))):
+    for path in (file for given in paths for file in files_of(Path(given), _is_known, without)):
         for where, make in _rows(path, found):
             try:
                 found.items.append(make())
@@ -108,13 +109,8 @@ def read_records(paths: Sequence[Path], *, skip_bad: bool = False) -> Records:
 # ---- files ---------------------------------------------------------------------------------------------------------
 
 
-def _files(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise DataError(f"data path {path} does not exist")
-    known = _LINES | _ARRAYS | _TEXTS
-    return [file for file in sorted(path.rglob("*")) if file.is_file() and _suffix(file) in known]
+def _is_known(file: Path) -> bool:
+    return _suffix(file) in _LINES | _ARRAYS | _TEXTS
 
 
 def _suffix(file: Path) -> str:

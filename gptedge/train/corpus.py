@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, cast
 
-from gptedge.errors import DataError
+from gptedge.errors import DataError, UsageError
 
 _SUFFIXES = ".txt .text .md .markdown .rst .tex .html .py .js .ts .java .c .h .cpp .go .rs .rb .sh .jsonl"
 TEXT_SUFFIXES = frozenset(_SUFFIXES.split())
@@ -78,9 +78,12 @@ class Tally:
 class Files:
     """A corpus of files and folders; folders are walked in the order of names."""
 
-    def __init__(self, paths: Sequence[Path], *, skip_bad: bool = False) -> None:
-        """Raises DataError for a path that is not there, or when there is nothing to read."""
-        self._files = [file for path in paths for file in _files_of(Path(path))]
+    def __init__(self, paths: Sequence[Path], *, skip_bad: bool = False, without: Path | None = None) -> None:
+        """`without` is a folder to leave out: the output's, which may lie among the text.
+
+        Raises DataError for a path that is not there, or when there is nothing to read.
+        """
+        self._files = [file for path in paths for file in files_of(Path(path), _is_text, without)]
         self._skip_bad = skip_bad
         self.tally = Tally()
         """Of the latest pass."""
@@ -185,12 +188,23 @@ def scan(corpus: Corpus) -> Scan:
 # ---- files and pieces ----------------------------------------------------------------------------------------------
 
 
-def _files_of(path: Path) -> list[Path]:
+def files_of(path: Path, is_wanted: Callable[[Path], bool], without: Path | None = None) -> list[Path]:
+    """A file itself; of a folder those that are wanted by their path in it, in the order of names.
+
+    Those of `without` are left out, where it lies in the folder. Raises DataError for a path that is not there,
+    UsageError for one that is `without`.
+    """
     if path.is_file():
         return [path]
     if not path.is_dir():
         raise DataError(f"data path {path} does not exist")
-    return [file for file in sorted(path.rglob("*")) if file.is_file() and _is_text(file.relative_to(path))]
+    found = [file for file in sorted(path.rglob("*")) if file.is_file() and is_wanted(file.relative_to(path))]
+    if without is None or not without.resolve().is_relative_to(path.resolve()):
+        return found
+    left_out = path / without.resolve().relative_to(path.resolve())
+    if left_out == path:
+        raise UsageError(f"{path} is the folder of the data, and of the output too; choose another output")
+    return [file for file in found if left_out not in file.parents]
 
 
 def _is_text(file: Path) -> bool:

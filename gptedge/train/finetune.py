@@ -97,7 +97,7 @@ def finetune(
         raise UsageError("fine-tuning runs in one process; start it without torchrun")
     resumed = check_output(out, resume=resume, force=force, on_message=on_message)
     set_up_torch(config)
-    records = read_records(paths, skip_bad=skip_bad)
+    records = read_records(paths, skip_bad=skip_bad, without=out)
     lesson = _prepare(source, records, config, on_message)
     torch.manual_seed(config.seed)
     model = _model(source, config)

@@ -122,7 +122,7 @@ def _train(
 ) -> TrainResult:
     def settle() -> _Run:
         resumed = check_output(out, resume=resume, force=force, on_message=on_message)
-        corpus: Corpus = _stdlib if paths is None else Files(paths, skip_bad=skip_bad)
+        corpus: Corpus = _stdlib if paths is None else Files(paths, skip_bad=skip_bad, without=out)
         scanned = scan_text(corpus, on_message)
         tokens, model = (_reopen if resumed else _begin)(out, config, corpus, scanned, on_message)
         return _Run(tokens, model, resumed)

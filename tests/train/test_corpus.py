@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import gptedge.train.corpus as corpus_module
-from gptedge.errors import DataError
+from gptedge.errors import DataError, UsageError
 from gptedge.tokenizer import Tokenizer, train_bpe
 from gptedge.train.corpus import Files, Piece, scan
 
@@ -43,6 +43,21 @@ def test_folders_are_read_in_order_and_by_suffix(tmp_path: Path) -> None:
     files = Files([tmp_path, odd])
     assert documents(files) == ["first", "second", "third", "fourth", "fifth", "sixth", "named itself"]
     assert files.tally.lines() == ["left out 2 empty documents"]
+
+
+def test_the_outputs_folder_is_left_out_where_it_lies_among_the_text(tmp_path: Path) -> None:
+    for name in ("a.txt", "out/b.txt", "out/c/d.txt", "out.b/e.txt", "z/f.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    out = tmp_path / "z" / ".." / "out"
+    assert documents(Files([tmp_path], without=out)) == ["a.txt", "out.b/e.txt", "z/f.txt"]
+    assert documents(Files([out / "c", out / "b.txt", tmp_path / "z"], without=out)) == [
+        "out/c/d.txt",
+        "out/b.txt",
+        "z/f.txt",
+    ]
+    with pytest.raises(UsageError, match="is the folder of the data, and of the output too; choose another output"):
+        Files([tmp_path / "out"], without=out)
 
 
 def test_bytes_that_are_not_utf8_are_replaced_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -192,6 +193,13 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
     assert not (tmp_path / "m" / "config.json").exists()
     finetune(source, [facts], tmp_path / "m", config=config, resume=True)
     assert outcome(tmp_path / "m") == outcome(tmp_path / "whole")
+
+
+def test_an_output_among_the_data_is_no_part_of_it(source: Checkpoint, facts: Path, tmp_path: Path) -> None:
+    shutil.copy(facts, tmp_path)
+    for options in ({}, {"resume": True}, {"force": True}):
+        result = finetune(source, [tmp_path], tmp_path / "m", config=replace(SHORT, max_steps=1), **options)
+        assert result.examples == 3
 
 
 def test_a_state_of_lora_is_small(source: Checkpoint, facts: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -253,6 +254,16 @@ def test_a_run_is_not_resumed_with_other_settings_or_other_text(texts: Path, tin
         run_training([texts], tmp_path / "m", config=replace(tiny, batch_size=8), resume=True)
     with pytest.raises(CheckpointError, match=r"the text is not what the run in .* began with"):
         run_training([texts, texts / "00.txt"], tmp_path / "m", config=tiny, resume=True)
+
+
+def test_an_output_among_the_text_is_no_part_of_it(whole: Path, texts: Path, tiny: TrainConfig, tmp_path: Path) -> None:
+    shutil.copytree(texts, tmp_path / "texts")
+    out = tmp_path / "texts" / "m"
+    crash(tmp_path / "texts", out, tiny)
+    run_training([tmp_path / "texts"], out, config=tiny, resume=True)
+    assert outcome(out) == outcome(whole)
+    run_training([tmp_path / "texts"], out, config=tiny, force=True)
+    assert outcome(out) == outcome(whole)
 
 
 # ---- where it writes -----------------------------------------------------------------------------------------------
