@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gptedge.bundle import GENAI_CONFIG, GRAPH, GRAPH_DATA, LORA, open_bundle, write_manifest
+from gptedge.bundle import GENAI_CONFIG, GRAPH, GRAPH_DATA, LORA, check_output, open_bundle, write_manifest
 from gptedge.checkpoint import CONFIG, GENERATION_CONFIG, TOKENIZER, Checkpoint, weights_id
 from gptedge.config import ModelConfig
 from gptedge.errors import CheckpointError, UnsupportedModelError, UsageError
@@ -19,7 +19,7 @@ from gptedge.export.genai import genai_config
 from gptedge.export.reference import Reference
 from gptedge.export.rotary import MULTIPLE
 from gptedge.export.sources import open_source, with_tokenizer
-from gptedge.files import check_destination, new_folder, seal, write_json
+from gptedge.files import new_folder, seal, write_json
 from gptedge.measure import peak_rss_mb
 from gptedge.onnx_file import WeightFile, save_graph
 from gptedge.progress import Report, silent
@@ -73,7 +73,7 @@ def export(
     """
     start = time.perf_counter()
     _check_options(dtype, portable=portable, lora_inputs=lora_inputs, via=via)
-    check_destination(out, force=force)
+    check_output(Path(out), Path(source), force=force)
     with new_folder(Path(out), force=force) as folder:
         if via:
             written = _write_via(Path(source), folder, tokenizer)

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gptedge.errors import BundleError
-from gptedge.files import sha256, write_json
+from gptedge.errors import BundleError, UsageError
+from gptedge.files import check_destination, sha256, write_json
 
 FORMAT_VERSION = 1
 
@@ -44,6 +44,8 @@ OUTPUT_ERRORS = "output_errors"
 """Where the manifest of a calibrated bundle says what rounding each weight changed of its product's outputs."""
 
 
+_OF_MODELS = (MANIFEST, GRAPH, GENAI_CONFIG, CONFIG)
+"""Each tells a folder that a bundle may take the place of: another bundle, or a checkpoint."""
 _KV_BYTES = {"float32": 4, "int8": 1}
 _KV_SIZES = ("num_hidden_layers", "num_key_value_heads", "head_size")
 
@@ -138,6 +140,23 @@ def fingerprint(bundle: Bundle) -> str:
         files = [f for f in bundle.path.iterdir() if ".onnx" in f.name or f.name == TOKENIZER]
         hashes = {f.name: sha256(f) for f in files}
     return hashlib.sha256(json.dumps(sorted(hashes.items())).encode()).hexdigest()
+
+
+def check_output(out: Path, source: Path, *, force: bool) -> None:
+    """Refuse early a folder that a bundle made from `source` cannot take the place of, or may not.
+
+    Raises OutputExistsError without `force`, UsageError where replacing it would remove the source, or files that are
+    no model's.
+    """
+    if source.resolve().is_relative_to(out.resolve()):
+        raise UsageError(f"{out} is the source, or holds it, and would be replaced; choose another output")
+    check_destination(out, force=force)
+    if not out.is_dir() or out.is_symlink() or any((out / name).is_file() for name in _OF_MODELS):
+        return
+    if lost := min(out.iterdir(), default=None):
+        raise UsageError(
+            f"{out} is no bundle or checkpoint, and {lost.name} in it would be lost; choose another output"
+        )
 
 
 def write_manifest(

@@ -30,12 +30,13 @@ from gptedge.bundle import (
     PREFILL,
     PREFILL_FILES,
     Bundle,
+    check_output,
     open_bundle,
     verify,
     write_manifest,
 )
 from gptedge.errors import BundleError, DataError, MissingExtraError, UsageError
-from gptedge.files import check_destination, new_file, new_folder, sha256
+from gptedge.files import new_file, new_folder, sha256
 from gptedge.measure import peak_rss_mb
 from gptedge.onnx_file import PAGE, WeightFile, load_graph, offset_of, read_initializer, save_graph
 from gptedge.progress import Report, silent
@@ -113,7 +114,7 @@ def quantize(
     threads = default_threads() if threads is None else checked_threads(threads)
     bundle = open_bundle(Path(source))
     _check_source(bundle)
-    check_destination(out, force=force)
+    check_output(Path(out), bundle.path, force=force)
     verify(bundle)
     assert bundle.manifest is not None
     if calibration is not None and not Path(calibration).is_file():

@@ -95,6 +95,8 @@ def finetune(
     out = Path(out)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("fine-tuning runs in one process; start it without torchrun")
+    if out.resolve() == source.path.resolve():
+        raise UsageError(f"{out} is the source, and would be overwritten; choose another output")
     resumed = check_output(out, resume=resume, force=force, on_message=on_message)
     set_up_torch(config)
     records = read_records(paths, skip_bad=skip_bad, without=out)

@@ -245,7 +245,8 @@ def test_wrong_numbers_are_found_by_verification(
         (["eval", "{bundle}", "--text", "{short}", "--out", "{fresh}"], 2, "--out takes the replies to --pairs"),
         (["eval", "{bundle}", "--pairs", "{short}", "--out", "{bundle}"], 2, "is a folder"),
         (["quantize", "{bundle}", "{fresh}", "--recipe", "int9"], 2, "did you mean"),
-        (["quantize", "{bundle}", "{bundle}"], 2, "exists already"),
+        (["quantize", "{bundle}", "{checkpoint}"], 2, "exists already"),
+        (["quantize", "{bundle}", "{bundle}", "--force"], 2, "is the source, or holds it"),
         (["quantize", "{bundle}", "{fresh}", "--min-top1", "99%"], 2, "--text"),
         (["quantize", "{bundle}", "{fresh}", "--calibration", "nowhere.txt"], 1, "nowhere.txt is no file"),
         (["quantize", "{bundle}", "{fresh}", "--text", "{short}", "--context", "301"], 2, "windows may have 300"),
@@ -255,6 +256,8 @@ def test_wrong_numbers_are_found_by_verification(
         (["explain", "{checkpoint}", "hi", "--threads", "0"], 2, "threads is 0; it must be a whole number from 1"),
         (["explain", "{checkpoint}", "hi", "--threads", "-1"], 2, "threads is -1; it must be a whole number from 1"),
         (["export", "{checkpoint}", "{bundle}"], 2, "exists already"),
+        (["export", "{checkpoint}", "{checkpoint}", "--force"], 2, "is the source, or holds it"),
+        (["export", "{checkpoint}/model.gguf", "{checkpoint}", "--force"], 2, "is the source, or holds it"),
         (["export", "{checkpoint}", "{fresh}", "--dtype", "fp15"], 2, "did you mean fp1"),
         (["pull", "smolm2"], 2, "smollm2-135m-instruct"),
         (["bench", "{bundle}", "--repeat", "0", "--prompt-tokens", "9", "--new-tokens", "9"], 2, "at least 1"),
@@ -314,6 +317,21 @@ def test_force_replaces(tiny_checkpoint: Path, tmp_path: Path) -> None:
     assert main(["export", str(tiny_checkpoint), str(tmp_path / "b"), "--no-verify", "--force"]) == 0
     assert not (tmp_path / "b" / "stray").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["b"]
+
+
+@pytest.mark.parametrize("verb", ["export", "quantize"])
+def test_force_replaces_nothing_but_models(
+    capsys: pytest.CaptureFixture[str], tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path, verb: str
+) -> None:
+    command = [verb, tiny_checkpoint if verb == "export" else tiny_bundle, tmp_path / "texts", "--force"]
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "novel.txt").write_text("mine")
+    code, _, err = run(capsys, *command)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "texts is no bundle or checkpoint, and novel.txt in it would be lost; choose another output" in err
+    assert (tmp_path / "texts" / "novel.txt").read_text() == "mine"
+    (tmp_path / "texts" / "novel.txt").unlink()
+    assert run(capsys, *command)[0] == 0, "an empty folder holds nothing to lose"
 
 
 @pytest.fixture

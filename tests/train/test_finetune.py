@@ -216,7 +216,13 @@ def test_other_data_or_another_model_is_not_gone_on_with(
     with pytest.raises(CheckpointError, match="the data is not what the run"):
         finetune(source, [facts, facts], tmp_path / "m", config=config, resume=True)
     with pytest.raises(CheckpointError, match="the source is not what the run"):
-        finetune(open_checkpoint(tmp_path / "m"), [facts], tmp_path / "m", config=config, resume=True)
+        finetune(
+            open_checkpoint(shutil.copytree(tmp_path / "m", tmp_path / "n")),
+            [facts],
+            tmp_path / "m",
+            config=config,
+            resume=True,
+        )
     with pytest.raises(UsageError, match="cannot resume with lora_rank 4: the run began with 8"):
         finetune(source, [facts], tmp_path / "m", config=replace(config, lora_rank=4), resume=True)
 
@@ -234,6 +240,16 @@ def test_other_data_or_another_model_is_not_gone_on_with(
 def test_adapters_that_cannot_be(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         replace(SHORT, adapter=True, **changes)
+
+
+def test_the_source_is_not_overwritten(tiny_checkpoint: Path, facts: Path, tmp_path: Path) -> None:
+    path = shutil.copytree(tiny_checkpoint, tmp_path / "m")
+    before = (path / "model.safetensors").read_bytes()
+    for options in ({}, {"force": True}):
+        with pytest.raises(UsageError, match="is the source, and would be overwritten; choose another output"):
+            finetune(open_checkpoint(path), [facts], path / "." / ".." / "m", config=SHORT, **options)
+    assert (path / "model.safetensors").read_bytes() == before
+    assert not (path / "state").exists()
 
 
 def test_several_processes_are_refused(
