@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import json
@@ -14,8 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from gptedge.errors import OutputExistsError, UsageError
+from gptedge.errors import GptEdgeError, OutputExistsError, UsageError
 
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""What the system says where a disk, or a user's part of it, holds no more, or a file may not grow."""
 _HASH_CHUNK = 1 << 20
 _WORK_NAME = re.compile(r"(?P<pid>\d+)-[\w-]+\.(?P<kind>partial|old)")  # after the destination's own name
 
@@ -30,13 +33,13 @@ def new_folder(destination: Path, *, force: bool = False) -> Iterator[Path]:
     destination = Path(destination)
     _clean_up(destination)
     check_destination(destination, force=force)
-    destination.parent.mkdir(parents=True, exist_ok=True)
     work = _work_path(destination)
-    work.mkdir()
     try:
-        yield work
-        _sync_tree(work)
-        _replace(work, destination)
+        with named_when_full(destination):
+            work.mkdir(parents=True)
+            yield work
+            _sync_tree(work)
+            _replace(work, destination)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -48,11 +51,32 @@ def new_file(destination: Path) -> Iterator[Path]:
     _clean_up(destination)
     work = _work_path(destination)
     try:
-        yield work
-        _sync(work)
-        os.replace(work, destination)
+        with named_when_full(destination):
+            yield work
+            _sync(work)
+            os.replace(work, destination)
     finally:
         work.unlink(missing_ok=True)
+
+
+@contextmanager
+def named_when_full(destination: Path) -> Iterator[None]:
+    """A full disk's error names `destination`: of itself it names no file, or the one that is written for its place."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno not in FULL:
+            raise
+        raise OSError(e.errno, e.strerror, str(destination)) from e
+
+
+@contextmanager
+def writing(path: Path, error: type[GptEdgeError], advice: str) -> Iterator[None]:
+    """The system's refusal, such as a full disk, as a line with a way out."""
+    try:
+        yield
+    except OSError as e:
+        raise error(f"{path} cannot be written: {e.strerror or e}; {advice}") from None
 
 
 def check_destination(destination: Path, *, force: bool) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from gptedge.bundle import GRAPH, Bundle
 from gptedge.errors import CheckpointError, TrainingError
+from gptedge.files import named_when_full
 from gptedge.interrupts import deferred_interrupt
 from gptedge.onnx_file import load_graph, read_initializer
 from gptedge.progress import Report
@@ -127,7 +128,7 @@ class _Run:
 
     def train(self, report: Report) -> None:
         log = self.folder / "log.jsonl"
-        with deferred_interrupt() as interrupted, log.open("a", encoding="utf-8") as lines:
+        with named_when_full(log), deferred_interrupt() as interrupted, log.open("a", encoding="utf-8") as lines:
             note = "distilling"
             while self.step < self.steps:
                 facts: dict[str, float] = {"step": self.step + 1, "kl": self._update()}

@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -242,8 +243,9 @@ def test_a_full_disk_keeps_the_old_folder(out: Path) -> None:
         with files_limited_to(1000), new_folder(out, force=True) as work:
             (work / "a").write_bytes(b"x" * 2000)
 
-    with pytest.raises(OSError, match=FULL):
+    with pytest.raises(OSError, match=FULL) as e:
         write_too_much()
+    assert e.value.filename == str(out)
     assert content(out) == "old"
     assert os.listdir(out.parent) == ["out"]
 
@@ -255,10 +257,27 @@ def test_a_full_disk_keeps_the_old_file(tmp_path: Path) -> None:
         with files_limited_to(1000), new_file(tmp_path / "a") as work:
             work.write_bytes(b"x" * 2000)
 
-    with pytest.raises(OSError, match=FULL):
+    with pytest.raises(OSError, match=FULL) as e:
         write_too_much()
+    assert e.value.filename == str(tmp_path / "a")
     assert (tmp_path / "a").read_text() == "old"
     assert os.listdir(tmp_path) == ["a"]
+
+
+def test_a_full_disk_is_told_of_what_was_to_be_written(out: Path, tmp_path: Path) -> None:
+    """Not of a file that is copied from, which shutil names, or one in a folder that is gone by then."""
+    (tmp_path / "big").write_bytes(b"x" * 2000)
+
+    def copy_too_much() -> None:
+        with files_limited_to(1000), new_folder(out) as work, new_file(work / "inside") as file:
+            shutil.copyfile(tmp_path / "big", file)
+
+    with pytest.raises(OSError, match=FULL) as e:
+        copy_too_much()
+    assert e.value.filename == str(out)
+    with pytest.raises(FileNotFoundError) as e, new_folder(out) as work:
+        (work / "nowhere").read_bytes()
+    assert e.value.filename != str(out), "no error of a full disk"
 
 
 # ---- files ---------------------------------------------------------------------------------------------------------

@@ -122,6 +122,10 @@ def _fail(message: str, code: int, wants_json: bool) -> int:
 def _plain(e: Exception) -> str:
     """A line for what nobody foresaw, or for the operating system's refusals."""
     if isinstance(e, OSError):
+        from gptedge.files import FULL
+
+        if e.errno in FULL and e.filename:
+            return f"{e.filename} cannot be written: {e.strerror}; make room and run again"
         where = f"{e.filename}: " if e.filename else ""
         return f"{where}{e.strerror or e}"
     if isinstance(e, MemoryError):

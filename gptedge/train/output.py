@@ -11,15 +11,16 @@ checkpoint in OUT stays until the new one takes its place, and files that are no
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
 from gptedge.checkpoint import CONFIG, SIDE_FILES, WEIGHTS, WEIGHTS_INDEX, read_json_object
-from gptedge.errors import CheckpointError, OutputExistsError, UsageError
-from gptedge.files import new_file, new_folder, write_json
+from gptedge.errors import CheckpointError, OutputExistsError, TrainingError, UsageError
+from gptedge.files import new_file, new_folder, write_json, writing
 from gptedge.lora_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from gptedge.train.settings import RESUMABLE_CHANGES, LoopConfig
-from gptedge.train.state import discard_after, load_state
+from gptedge.train.state import discard_after, latest_state, load_state
 from gptedge.train.trainer import OnMessage, Trainer, cut_metrics
 
 STATE, METRICS, RUN = "state", "metrics.jsonl", "run.json"
@@ -60,10 +61,15 @@ def begin_run(out: Path, config: LoopConfig, identity: Mapping[str, str], save: 
 
     `identity` is what a resumed run must find the same, by name: digests of its data, of the model it began with.
     """
-    (out / METRICS).unlink(missing_ok=True)
-    with new_folder(out / STATE, force=True) as folder:
-        save(folder)
-        write_json(folder / RUN, {"config": config.to_dict(), **identity})
+    try:
+        with writing(out, TrainingError, "make room there, or choose another output"):
+            (out / METRICS).unlink(missing_ok=True)
+            with new_folder(out / STATE, force=True) as folder:
+                save(folder)
+                write_json(folder / RUN, {"config": config.to_dict(), **identity})
+    finally:
+        with suppress(OSError):
+            out.rmdir()  # if it is empty: it would be in the way of the next run
 
 
 def saved_config(out: Path, kind: type[Config]) -> Config:
@@ -90,7 +96,7 @@ def reopen_run(out: Path, config: LoopConfig, identity: Mapping[str, str]) -> No
         if saved.get(name) != digest:
             noun = name.removesuffix("_sha256").replace("_", " ")
             raise CheckpointError(f"cannot resume: the {noun} is not what the run in {out} began with")
-    with new_file(out / STATE / RUN) as work:
+    with writing(out, TrainingError, "make room and go on with --resume"), new_file(out / STATE / RUN) as work:
         write_json(work, saved | {"config": config.to_dict()})
 
 
@@ -121,12 +127,14 @@ def precision_line(trainer: Trainer) -> str:
 
 def put_checkpoint(out: Path, write: Callable[[Path], None]) -> None:
     """Have a checkpoint written into a folder aside, then put it in the place of what OUT may hold of another."""
-    aside = out / ".checkpoint"
-    with new_folder(aside, force=True) as folder:
-        write(folder)
-    # No config.json, no checkpoint: it goes first and comes last, so that none is ever half old and half new.
-    for name in (CONFIG, WEIGHTS, WEIGHTS_INDEX, ADAPTER_CONFIG, ADAPTER_WEIGHTS, *SIDE_FILES):
-        (out / name).unlink(missing_ok=True)
-    for file in sorted(aside.iterdir(), key=lambda file: file.name == CONFIG):
-        file.rename(out / file.name)
-    aside.rmdir()
+    kept = f"{latest_state(out / STATE)} is kept"
+    with writing(out, TrainingError, f"{kept}; make room, and --resume writes the checkpoint"):
+        aside = out / ".checkpoint"
+        with new_folder(aside, force=True) as folder:
+            write(folder)
+        # No config.json, no checkpoint: it goes first and comes last, so that none is ever half old and half new.
+        for name in (CONFIG, WEIGHTS, WEIGHTS_INDEX, ADAPTER_CONFIG, ADAPTER_WEIGHTS, *SIDE_FILES):
+            (out / name).unlink(missing_ok=True)
+        for file in sorted(aside.iterdir(), key=lambda file: file.name == CONFIG):
+            file.rename(out / file.name)
+        aside.rmdir()

@@ -12,11 +12,10 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from gptedge.errors import CheckpointError, DataError, GptEdgeError
-from gptedge.files import cache_folder, new_file, new_folder
+from gptedge.files import cache_folder, new_file, new_folder, writing
 from gptedge.tokenizer import Tokenizer, train_bpe
 from gptedge.train.corpus import Corpus, Files, Scan, scan
 from gptedge.train.data import TokenData, write_tokens
@@ -27,6 +26,7 @@ VOCABULARY_CHARACTERS = 100_000_000
 
 _FORMAT = 1  # counts up when the same text would give other tokens
 _EVERY_S = 10.0
+_ADVICE = "make room, or set GPTEDGE_CACHE elsewhere"
 
 OnMessage = Callable[[str], None]
 
@@ -53,7 +53,7 @@ def learn_tokenizer(corpus: Corpus, scanned: Scan, vocab_size: int, on_message: 
     began = time.perf_counter()
     share = min(1.0, VOCABULARY_CHARACTERS / scanned.characters)
     tokenizer = train_bpe(_sample(corpus, share), vocab_size, special_tokens=[END_OF_TEXT])
-    with _writing(path):
+    with writing(path, DataError, _ADVICE):
         path.parent.mkdir(parents=True, exist_ok=True)
         with new_file(path) as work:
             tokenizer.save(work)
@@ -72,7 +72,7 @@ def tokenize(
     try:
         data = TokenData.load(folder)
     except CheckpointError:
-        with _writing(folder), new_folder(folder, force=True) as work:
+        with writing(folder, DataError, _ADVICE), new_folder(folder, force=True) as work:
             write_tokens(
                 work,
                 corpus,
@@ -91,16 +91,6 @@ def end_of_text(tokenizer: Tokenizer) -> int:
     end = tokenizer.token_to_id(END_OF_TEXT)
     assert end is not None, "train_bpe was asked for it"
     return end
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """The system's refusal, such as a full disk, as a line with a way out."""
-    try:
-        yield
-    except OSError as e:
-        reason = e.strerror or e
-        raise DataError(f"{path} cannot be written: {reason}; make room, or set GPTEDGE_CACHE elsewhere") from None
 
 
 def _key(*parts: object) -> str:

@@ -95,10 +95,10 @@ def test_fine_tuning_passes_over_a_torn_state(tiny_checkpoint: Path, tmp_path: P
 
 
 @contextmanager
-def disk_full() -> Iterator[None]:
-    """No file may grow beyond 50 kB, which a state would."""
+def disk_full(size: int = 50_000) -> Iterator[None]:
+    """No file may grow beyond `size` bytes; a state has more than 50 kB."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
         yield
     finally:
@@ -136,3 +136,25 @@ def test_a_full_disk_ends_the_run_and_keeps_what_it_had(texts: Path, tiny: Train
     run_training([texts], out, config=config, resume=True, on_message=messages.append)
     assert "resuming after step 5" in messages
     assert outcome(out) == outcome(tmp_path / "whole")
+
+
+def test_a_full_disk_as_a_run_begins_leaves_nothing(texts: Path, tiny: TrainConfig, tmp_path: Path) -> None:
+    run_training([texts], tmp_path / "before", config=replace(tiny, max_steps=1))  # the tokens are in the cache by then
+    refused = rf"{tmp_path / 'm'} cannot be written: File too large; make room there, or choose another output"
+    with disk_full(100), pytest.raises(TrainingError, match=refused):
+        run_training([texts], tmp_path / "m", config=tiny)
+    assert not (tmp_path / "m").exists()
+
+
+def test_a_full_disk_as_a_run_ends_keeps_its_last_state(texts: Path, tiny: TrainConfig, tmp_path: Path) -> None:
+    out = tmp_path / "m"
+    run_training([texts], out, config=tiny)
+    before = outcome(out)
+    refused = rf"{out} cannot be written: File too large; .*step-00000020\.pt is kept; make room, and --resume writes"
+    with disk_full(), pytest.raises(TrainingError, match=refused):
+        run_training([texts], out, config=tiny, resume=True)
+    assert outcome(out) == before
+    (out / "config.json").unlink()
+    run_training([texts], out, config=tiny, resume=True)
+    assert open_checkpoint(out).config.n_layer == tiny.n_layer
+    assert outcome(out) == before
