@@ -52,10 +52,17 @@ def build() -> Any:
 _FILES = {"eval": "evaluate"}  # where the verb's name would shadow something
 
 
-def _root(
-    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")] = False,
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
-) -> None:
+# No settings, so that no variable may set them: GPTEDGE_VERSION would let a gate pass unrun.
+_Debug = Annotated[
+    bool,
+    typer.Option(
+        "--debug", allow_from_autoenv=False, help="Show a traceback when something fails; so does GPTEDGE_DEBUG=1."
+    ),
+]
+_Version = Annotated[bool, typer.Option("--version", allow_from_autoenv=False, help="Print the version.")]
+
+
+def _root(debug: _Debug = False, version: _Version = False) -> None:
     if version:
         from gptedge import __version__
 
@@ -66,7 +73,7 @@ def _root(
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; the process's exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in arguments or bool(os.environ.get("GPTEDGE_DEBUG"))
+    debug = "--debug" in arguments or _is_on(os.environ.get("GPTEDGE_DEBUG", ""))
     arguments = [a for a in arguments if a != "--debug"]
     wants_json = "--json" in arguments
     if not arguments or arguments == ["--version"]:
@@ -131,6 +138,11 @@ def _plain(e: Exception) -> str:
     if isinstance(e, MemoryError):
         return "out of memory; use a smaller model, a shorter context or fewer threads"
     return f"{type(e).__name__}: {e} (run again with --debug for the traceback)"
+
+
+def _is_on(value: str) -> bool:
+    """Whether a variable turns a switch on."""
+    return value.strip().lower() not in ("", "0", "false", "f", "no", "n", "off")
 
 
 def _end_like_an_interrupt(number: int) -> None:

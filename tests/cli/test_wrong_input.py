@@ -312,6 +312,28 @@ def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Traceback" not in run(capsys, "inspect", "nowhere")[2]
 
 
+@pytest.mark.parametrize(
+    ("value", "on"), [("1", True), ("true", True), ("x", True), ("0", False), ("False", False), ("off", False)]
+)
+def test_debug_may_be_a_variable(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, value: str, on: bool
+) -> None:
+    monkeypatch.setenv("GPTEDGE_DEBUG", value)
+    code, _, err = run(capsys, "inspect", "nowhere")
+    assert (code, "Traceback" in err) == (1, on)
+    assert "nowhere does not exist" in err
+
+
+@pytest.mark.parametrize("value", ["1", "0.1.0"])
+def test_a_variable_does_not_ask_for_the_version(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    monkeypatch.setenv("GPTEDGE_VERSION", value)
+    code, out, err = run(capsys, "verify", "nowhere")
+    assert (code, out) == (1, "")
+    assert "nowhere does not exist" in err
+
+
 def test_force_replaces(tiny_checkpoint: Path, tmp_path: Path) -> None:
     assert main(["export", str(tiny_checkpoint), str(tmp_path / "b"), "--no-verify"]) == 0
     (tmp_path / "b" / "stray").touch()
