@@ -1,8 +1,4 @@
-"""The command `gptedge`: its verbs, where their defaults come from, and what becomes of errors.
-
-A setting comes from the flag, else from GPTEDGE_<VERB>_<OPTION> in the environment, else from a TOML file with a table
-for each verb ($GPTEDGE_CONFIG, ./gptedge.toml, or ~/.config/gptedge/config.toml), else from its own default.
-"""
+"""The command `gptedge`: its verbs, and what becomes of errors. Where settings come from is in `settings`."""
 
 from __future__ import annotations
 
@@ -12,15 +8,14 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Mapping
 from contextlib import suppress
 from importlib import import_module
-from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 
-from gptedge.cli.common import Ended, nearest
+from gptedge.cli.common import Ended
+from gptedge.cli.settings import check_environment, complaint, config_file, name_variables
 from gptedge.errors import EXIT_INTERRUPTED, GateFailed, GptEdgeError, UsageError
 
 # Each is a file in this folder with a function `command`; in the order of the help page.
@@ -46,20 +41,19 @@ def build() -> Any:
     for verb in VERBS:
         module = import_module(f"gptedge.cli.{_FILES.get(verb, verb)}")
         app.command(verb, context_settings=_CONTEXT)(module.command)
-    return typer.main.get_command(app)
+    command: Any = typer.main.get_command(app)
+    name_variables(command.commands)
+    return command
 
 
 _FILES = {"eval": "evaluate"}  # where the verb's name would shadow something
 
 
-# No settings, so that no variable may set them: GPTEDGE_VERSION would let a gate pass unrun.
+# No variables set these: GPTEDGE_VERSION would let a gate pass unrun.
 _Debug = Annotated[
-    bool,
-    typer.Option(
-        "--debug", allow_from_autoenv=False, help="Show a traceback when something fails; so does GPTEDGE_DEBUG=1."
-    ),
+    bool, typer.Option("--debug", help="Show a traceback when something fails; so does GPTEDGE_DEBUG=1.")
 ]
-_Version = Annotated[bool, typer.Option("--version", allow_from_autoenv=False, help="Print the version.")]
+_Version = Annotated[bool, typer.Option("--version", help="Print the version.")]
 
 
 def _root(debug: _Debug = False, version: _Version = False) -> None:
@@ -81,13 +75,12 @@ def main(arguments: list[str] | None = None) -> int:
     _end_like_an_interrupt(signal.SIGTERM)
     try:
         app = build()
-        _check_environment(app.commands, arguments)
+        check_environment(app.commands, next((a for a in arguments if a in VERBS), None))
         result = app.main(
             arguments,
             prog_name="gptedge",
             standalone_mode=False,
-            auto_envvar_prefix="GPTEDGE",
-            default_map=_config_file(app.commands),
+            default_map=config_file(app.commands),
         )
         sys.stdout.flush()
         if result == EXIT_INTERRUPTED:  # what some versions of typer make of a KeyboardInterrupt
@@ -101,7 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except _CommandLineError as e:
-        return _fail(e.format_message(), UsageError.exit_code, wants_json)
+        return _fail(complaint(e), UsageError.exit_code, wants_json)
     except GptEdgeError as e:
         if debug:
             traceback.print_exc()
@@ -153,42 +146,3 @@ def _end_like_an_interrupt(number: int) -> None:
 
     with suppress(ValueError):  # not the main thread: an embedding program keeps its own handlers
         signal.signal(number, interrupt)
-
-
-def _check_environment(commands: Mapping[str, Any], arguments: list[str]) -> None:
-    """A variable that means no option of the verb is a slip that would leave a gate or a bound unset."""
-    verb = next((a for a in arguments if a in commands), None)
-    if verb is None:
-        return
-    prefix = f"GPTEDGE_{verb.upper()}_"
-    known = [prefix + p.name.upper() for p in commands[verb].params]
-    for variable in os.environ:
-        if variable.startswith(prefix) and variable not in known:
-            raise UsageError(f"{variable} is no setting of {verb}{nearest(variable, known)}")
-
-
-def _config_file(commands: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The options of each verb that the TOML file sets, by the names of the command's parameters."""
-    places = [os.environ.get("GPTEDGE_CONFIG"), "gptedge.toml", Path.home() / ".config" / "gptedge" / "config.toml"]
-    path = next((Path(p) for p in places if p and Path(p).is_file()), None)
-    if path is None:
-        return None
-    import tomllib
-
-    try:
-        settings = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-        raise UsageError(f"{path} is not a TOML file: {e}") from None
-    for verb, options in settings.items():
-        if verb not in VERBS or not isinstance(options, dict):
-            raise UsageError(f"{path}: there is no verb {verb!r}{nearest(verb, VERBS)}")
-    return {verb: _named(options, commands[verb], f"{path}: [{verb}]") for verb, options in settings.items()}
-
-
-def _named(options: Mapping[str, Any], command: Any, where: str) -> dict[str, Any]:
-    """--max-tokens is max-tokens, or max_tokens."""
-    known = {flag.lstrip("-").replace("-", "_"): p.name for p in command.params for flag in (p.name, *p.opts)}
-    for name in options:
-        if name.replace("-", "_") not in known:
-            raise UsageError(f"{where} has no option {name!r}{nearest(name, known)}")
-    return {known[name.replace("-", "_")]: value for name, value in options.items()}

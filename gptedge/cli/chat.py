@@ -41,7 +41,7 @@ _D = SamplingParams()
 def command(
     bundle: Annotated[
         Path | None,
-        typer.Argument(metavar="[BUNDLE]", envvar="GPTEDGE_CHAT_BUNDLE", help="A folder made by export or quantize."),
+        typer.Argument(metavar="[BUNDLE]", help="A folder made by export or quantize."),
     ] = None,
     plain: Annotated[
         bool, typer.Option("--plain", help="Line by line, without an app; so it is in a pipe, or 2> a file.")

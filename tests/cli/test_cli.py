@@ -189,6 +189,43 @@ def test_settings_come_from_flag_then_environment_then_file(
     assert "GPTEDGE_EVAL_MAX_KL is no setting of eval; did you mean GPTEDGE_EVAL_MAX_KLD?" in err
 
 
+def test_arguments_are_settings_too(
+    capsys: pytest.CaptureFixture[str], tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = run(capsys, "generate", tiny_bundle, "fox", "--max-tokens", "3")[1]
+    monkeypatch.setenv("GPTEDGE_CONFIG", str(tmp_path / "g.toml"))
+    (tmp_path / "g.toml").write_text(f"[generate]\nbundle = '{tiny_bundle}'\nprompt = 'fox'\nmax-tokens = 3\n")
+    assert run(capsys, "generate") == (0, expected, "")
+    (tmp_path / "g.toml").write_text("[generate]\nmax-tokens = 3\nprompt = 'The'\n")
+    monkeypatch.setenv("GPTEDGE_GENERATE_BUNDLE", str(tiny_bundle))
+    monkeypatch.setenv("GPTEDGE_GENERATE_PROMPT", "fox")
+    assert run(capsys, "generate") == (0, expected, "")
+    monkeypatch.setenv("GPTEDGE_REPORT_FOLDERS", "a b:c")  # one folder
+    assert "a b:c" in run(capsys, "report")[2]
+
+
+def test_what_may_come_several_times(
+    capsys: pytest.CaptureFixture[str], tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A list or one value in the file; in the environment one value, which is not taken apart."""
+
+    def text(*flags: str) -> str:
+        return run_json(capsys, "generate", tiny_bundle, "fox", "--max-tokens", "20", *flags)["text"]
+
+    whole = text()
+    stop, sooner = whole[5:8], whole[2:4]
+    expected, shorter = text("--stop", stop), text("--stop", stop, "--stop", sooner)
+    assert len(shorter) < len(expected) < len(whole)
+    monkeypatch.setenv("GPTEDGE_CONFIG", str(tmp_path / "g.toml"))
+    for value, said in ((stop, expected), ([stop], expected), ([stop, sooner], shorter)):
+        (tmp_path / "g.toml").write_text(f"[generate]\nstop = {json.dumps(value)}\n")
+        assert text() == said
+    monkeypatch.setenv("GPTEDGE_GENERATE_STOP", stop)
+    assert text() == expected
+    monkeypatch.setenv("GPTEDGE_GENERATE_STOP", f"{sooner} {stop}")  # which the text does not have
+    assert text() == whole
+
+
 @pytest.fixture
 def run_toml(tmp_path: Path) -> Path:
     """The settings of a run that takes no time, beside a text for it."""

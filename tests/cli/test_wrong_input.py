@@ -324,6 +324,44 @@ def test_debug_may_be_a_variable(
     assert "nowhere does not exist" in err
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ('max-tokens = "x"', "Invalid value for max-tokens in [generate] of {file}: 'x' is not a valid int"),
+        ("max-tokens = 2.5", "max-tokens in [generate] of {file}: '2.5' is not a valid int"),
+        ("max-tokens = [3]", "{file}: [generate] max-tokens is [3]; it must be text, a number, true or false"),
+        ("stop = [[3]]", "{file}: [generate] stop is [[3]]; it must be text, a number, or a list of them"),
+    ],
+)
+def test_bad_values_in_the_file_name_it(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str, message: str
+) -> None:
+    file = tmp_path / "g.toml"
+    file.write_text(f"[generate]\n{setting}\n")
+    monkeypatch.setenv("GPTEDGE_CONFIG", str(file))
+    code, _, err = run(capsys, "generate", "nowhere", "hi")
+    assert (code, err.count("\n")) == (2, 1)
+    assert message.format(file=file) in err
+
+
+def test_a_bad_value_of_a_variable_names_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GPTEDGE_GENERATE_MAX_TOKENS", "x")
+    err = "gptedge: Invalid value for {}: 'x' is not a valid int.\n"
+    assert run(capsys, "generate", "nowhere", "hi") == (2, "", err.format("GPTEDGE_GENERATE_MAX_TOKENS"))
+    assert run(capsys, "generate", "nowhere", "hi", "--seed", "x", "--max-tokens", "1")[2] == err.format("'--seed'")
+
+
+def test_a_config_file_that_was_asked_for_must_be_there(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GPTEDGE_CONFIG", str(tmp_path / "g.toml"))
+    code, out, err = run(capsys, "doctor")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert f"GPTEDGE_CONFIG is {tmp_path / 'g.toml'}, which is no file" in err
+
+
 @pytest.mark.parametrize("value", ["1", "0.1.0"])
 def test_a_variable_does_not_ask_for_the_version(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, value: str
