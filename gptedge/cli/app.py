@@ -15,7 +15,15 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from gptedge.cli.common import Ended
-from gptedge.cli.settings import check_environment, complaint, config_file, name_variables
+from gptedge.cli.settings import (
+    check_environment,
+    complaint,
+    is_on,
+    name_variables,
+    parameters_in,
+    read_tables,
+    wants_json,
+)
 from gptedge.errors import EXIT_INTERRUPTED, GateFailed, GptEdgeError, UsageError
 
 # Each is a file in this folder with a function `command`; in the order of the help page.
@@ -67,34 +75,37 @@ def _root(debug: _Debug = False, version: _Version = False) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; the process's exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in arguments or _is_on(os.environ.get("GPTEDGE_DEBUG", ""))
+    debug = "--debug" in arguments or is_on(os.environ.get("GPTEDGE_DEBUG", ""))
     arguments = [a for a in arguments if a != "--debug"]
-    wants_json = "--json" in arguments
+    verb = next((a for a in arguments if a in VERBS), None)
+    as_json = "--json" in arguments or wants_json(verb, {})  # also where the file cannot be read
     if not arguments or arguments == ["--version"]:
         arguments = [*arguments, "doctor"] if arguments else ["--help"]
     _end_like_an_interrupt(signal.SIGTERM)
     try:
+        tables = read_tables(VERBS)
+        as_json = "--json" in arguments or wants_json(verb, tables)
         app = build()
-        check_environment(app.commands, next((a for a in arguments if a in VERBS), None))
+        check_environment(app.commands, verb)
         result = app.main(
             arguments,
             prog_name="gptedge",
             standalone_mode=False,
-            default_map=config_file(app.commands),
+            default_map=parameters_in(tables, app.commands),
         )
         sys.stdout.flush()
         if result == EXIT_INTERRUPTED:  # what some versions of typer make of a KeyboardInterrupt
-            return _fail("interrupted", EXIT_INTERRUPTED, wants_json)
+            return _fail("interrupted", EXIT_INTERRUPTED, as_json)
         return result if isinstance(result, int) else 0
     except Ended as e:
         return e.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        return _fail("interrupted", EXIT_INTERRUPTED, wants_json)
+        return _fail("interrupted", EXIT_INTERRUPTED, as_json)
     except BrokenPipeError:  # the reader of our output has gone, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except _CommandLineError as e:
-        return _fail(complaint(e), UsageError.exit_code, wants_json)
+        return _fail(complaint(e), UsageError.exit_code, as_json)
     except GptEdgeError as e:
         if debug:
             traceback.print_exc()
@@ -103,18 +114,18 @@ def main(arguments: list[str] | None = None) -> int:
                 time.sleep(1)  # torchrun ends all once one has ended, and the one that says it is to come first
             return e.exit_code
         # A gate is judged after the result, which is the one object, has been printed.
-        return _fail(str(e), e.exit_code, wants_json and not isinstance(e, GateFailed))
+        return _fail(str(e), e.exit_code, as_json and not isinstance(e, GateFailed))
     except Exception as e:  # the last line of defence: nobody is shown a traceback without asking
         if debug:
             traceback.print_exc()
-        return _fail(_plain(e), 1, wants_json)
+        return _fail(_plain(e), 1, as_json)
 
 
-def _fail(message: str, code: int, wants_json: bool) -> int:
+def _fail(message: str, code: int, as_json: bool) -> int:
     """One line on stderr; with --json also the one object on stdout."""
     message = " ".join(message.split())
     print(f"gptedge: {message}", file=sys.stderr)
-    if wants_json:
+    if as_json:
         print(json.dumps({"error": message, "exit_code": code}, ensure_ascii=False))
     return code
 
@@ -131,11 +142,6 @@ def _plain(e: Exception) -> str:
     if isinstance(e, MemoryError):
         return "out of memory; use a smaller model, a shorter context or fewer threads"
     return f"{type(e).__name__}: {e} (run again with --debug for the traceback)"
-
-
-def _is_on(value: str) -> bool:
-    """Whether a variable turns a switch on."""
-    return value.strip().lower() not in ("", "0", "false", "f", "no", "n", "off")
 
 
 def _end_like_an_interrupt(number: int) -> None:

@@ -24,8 +24,17 @@ def name_variables(commands: Commands) -> None:
     """Give every option and argument of the verbs the variable that may set it."""
     for verb, command in commands.items():
         for parameter in command.params:
-            parameter.envvar = f"GPTEDGE_{verb}_{parameter.name}".upper()
+            parameter.envvar = _variable(verb, _plain(parameter.opts[0]))
             parameter.type.envvar_list_splitter = "\0"  # which no variable holds, so that none is taken apart
+
+
+def _variable(verb: str, name: str) -> str:
+    return f"GPTEDGE_{verb}_{name}".upper()
+
+
+def _plain(name: str) -> str:
+    """--max-tokens as max_tokens."""
+    return name.lstrip("-").replace("-", "_")
 
 
 def check_environment(commands: Commands, verb: str | None) -> None:
@@ -34,7 +43,7 @@ def check_environment(commands: Commands, verb: str | None) -> None:
         return
     known = [parameter.envvar for parameter in commands[verb].params]
     for variable in os.environ:
-        if variable.startswith(f"GPTEDGE_{verb.upper()}_") and variable not in known:
+        if variable.startswith(_variable(verb, "")) and variable not in known:
             raise UsageError(f"{variable} is no setting of {verb}{nearest(variable, known)}")
 
 
@@ -48,8 +57,8 @@ def config_path() -> Path | None:
     return next((path for path in usual if path.is_file()), None)
 
 
-def config_file(commands: Commands) -> dict[str, dict[str, Any]]:
-    """The options of each verb that the TOML file sets, by the names of the command's parameters."""
+def read_tables(verbs: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """The options of each verb that the TOML file sets, as they stand there."""
     path = config_path()
     if path is None:
         return {}
@@ -60,17 +69,35 @@ def config_file(commands: Commands) -> dict[str, dict[str, Any]]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
         raise UsageError(f"{path} is not a TOML file: {e}") from None
     for verb, options in tables.items():
-        if verb not in commands or not isinstance(options, dict):
-            raise UsageError(f"{path}: there is no verb {verb!r}{nearest(verb, commands)}")
+        if verb not in verbs or not isinstance(options, dict):
+            raise UsageError(f"{path}: there is no verb {verb!r}{nearest(verb, verbs)}")
+    return tables
+
+
+def wants_json(verb: str | None, tables: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether the environment or `tables` ask for --json."""
+    if verb is None:
+        return False
+    return is_on(os.environ.get(_variable(verb, "json")) or tables.get(verb, {}).get("json", ""))
+
+
+def is_on(value: object) -> bool:
+    """Whether a switch is turned on by what a variable or the file has for it."""
+    return str(value).strip().lower() not in ("", "0", "false", "f", "no", "n", "off")
+
+
+def parameters_in(tables: Mapping[str, Mapping[str, Any]], commands: Commands) -> dict[str, dict[str, Any]]:
+    """What `tables` set, checked, by the names of the commands' parameters."""
+    path = config_path()
     return {verb: _named(options, commands[verb].params, f"{path}: [{verb}]") for verb, options in tables.items()}
 
 
 def _named(options: Mapping[str, Any], parameters: Iterable[Any], where: str) -> dict[str, Any]:
     """--max-tokens is max-tokens, or max_tokens."""
-    known = {flag.lstrip("-").replace("-", "_"): p for p in parameters for flag in (p.name, *p.opts)}
+    known = {_plain(flag): p for p in parameters for flag in p.opts}
     named = {}
     for name, value in options.items():
-        parameter = known.get(name.replace("-", "_"))
+        parameter = known.get(_plain(name))
         if parameter is None:
             raise UsageError(f"{where} has no option {name!r}{nearest(name, known)}")
         named[parameter.name] = _as_typed(value, f"{where} {name}", several=_takes_several(parameter))

@@ -362,6 +362,35 @@ def test_a_config_file_that_was_asked_for_must_be_there(
     assert f"GPTEDGE_CONFIG is {tmp_path / 'g.toml'}, which is no file" in err
 
 
+def test_json_asked_for_elsewhere_has_its_errors_too(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def is_json(expected: int = 1) -> bool:
+        code, out, err = run(capsys, "verify", "nowhere")
+        assert (code, err.count("\n")) == (expected, 1)
+        return bool(out) and json.loads(out)["exit_code"] == code
+
+    assert not is_json()
+    monkeypatch.setenv("GPTEDGE_CONFIG", str(tmp_path / "g.toml"))
+    (tmp_path / "g.toml").write_text("[verify]\njson = true\n[generate]\njson = false\n")
+    assert is_json()
+    monkeypatch.setenv("GPTEDGE_VERIFY_JSON", "0")
+    assert not is_json()
+    monkeypatch.setenv("GPTEDGE_VERIFY_JSON", "1")
+    (tmp_path / "g.toml").write_text("verify =")
+    assert is_json(2)
+    monkeypatch.delenv("GPTEDGE_CONFIG")
+    assert is_json()
+
+
+def test_variables_are_named_by_options(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "GPTEDGE_VERIFY_JSON" in run(capsys, "verify", "--help")[1]
+    monkeypatch.setenv("GPTEDGE_VERIFY_AS_JSON", "1")
+    code, _, err = run(capsys, "verify", "nowhere")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "did you mean GPTEDGE_VERIFY_JSON?" in err
+
+
 @pytest.mark.parametrize("value", ["1", "0.1.0"])
 def test_a_variable_does_not_ask_for_the_version(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, value: str
