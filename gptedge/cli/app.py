@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import sys
 import time
@@ -16,6 +17,7 @@ import typer
 
 from gptedge.cli.common import Ended
 from gptedge.cli.settings import (
+    Tables,
     check_environment,
     complaint,
     is_on,
@@ -85,23 +87,16 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         tables = read_tables(VERBS)
         as_json = "--json" in arguments or wants_json(verb, tables)
-        app = build()
-        check_environment(app.commands, verb)
-        result = app.main(
-            arguments,
-            prog_name="gptedge",
-            standalone_mode=False,
-            default_map=parameters_in(tables, app.commands),
-        )
+        result = _invoke(arguments, verb, tables)
         sys.stdout.flush()
-        if result == EXIT_INTERRUPTED:  # what some versions of typer make of a KeyboardInterrupt
-            return _fail("interrupted", EXIT_INTERRUPTED, as_json)
         return result if isinstance(result, int) else 0
-    except Ended as e:
+    except (Ended, typer.Exit) as e:
         return e.exit_code
-    except (KeyboardInterrupt, typer.Abort):
+    except KeyboardInterrupt:
         return _fail("interrupted", EXIT_INTERRUPTED, as_json)
-    except BrokenPipeError:  # the reader of our output has gone, as with `| head`
+    except BrokenPipeError as e:
+        if not _reader_has_gone():
+            return _fail(_plain(e), 1, as_json)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except _CommandLineError as e:
@@ -119,6 +114,24 @@ def main(arguments: list[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         return _fail(_plain(e), 1, as_json)
+
+
+def _invoke(arguments: list[str], verb: str | None, tables: Tables) -> Any:
+    """What the verb returns. Not through typer's own main, which would end the process where a reader has gone."""
+    app = build()
+    check_environment(app.commands, verb)
+    with app.make_context("gptedge", arguments, default_map=parameters_in(tables, app.commands)) as context:
+        return app.invoke(context)
+
+
+def _reader_has_gone() -> bool:
+    """Whether nobody reads our output any more, as with `| head`; another pipe that breaks is a failure."""
+    if not hasattr(select, "poll"):  # Windows
+        return True
+    outputs = select.poll()
+    for output in (1, 2):
+        outputs.register(output, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in outputs.poll(0))
 
 
 def _fail(message: str, code: int, as_json: bool) -> int:

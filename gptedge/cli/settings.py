@@ -18,6 +18,7 @@ from gptedge.errors import UsageError
 # Verbs by name, and what the parser raises: typer does not export the types.
 Commands = Mapping[str, Any]
 ParserError = Any
+Tables = Mapping[str, Mapping[str, Any]]
 
 
 def name_variables(commands: Commands) -> None:
@@ -74,7 +75,7 @@ def read_tables(verbs: Iterable[str]) -> dict[str, dict[str, Any]]:
     return tables
 
 
-def wants_json(verb: str | None, tables: Mapping[str, Mapping[str, Any]]) -> bool:
+def wants_json(verb: str | None, tables: Tables) -> bool:
     """Whether the environment or `tables` ask for --json."""
     if verb is None:
         return False
@@ -86,7 +87,7 @@ def is_on(value: object) -> bool:
     return str(value).strip().lower() not in ("", "0", "false", "f", "no", "n", "off")
 
 
-def parameters_in(tables: Mapping[str, Mapping[str, Any]], commands: Commands) -> dict[str, dict[str, Any]]:
+def parameters_in(tables: Tables, commands: Commands) -> dict[str, dict[str, Any]]:
     """What `tables` set, checked, by the names of the commands' parameters."""
     path = config_path()
     return {verb: _named(options, commands[verb].params, f"{path}: [{verb}]") for verb, options in tables.items()}

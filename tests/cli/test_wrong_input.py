@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -399,6 +400,34 @@ def test_a_variable_does_not_ask_for_the_version(
     code, out, err = run(capsys, "verify", "nowhere")
     assert (code, out) == (1, "")
     assert "nowhere does not exist" in err
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("verb", ["generate", "chat"])
+def test_a_reader_that_leaves_is_no_failure(tiny_bundle: Path, verb: str, unbuffered: str) -> None:
+    command = [sys.executable, "-m", "gptedge", verb, tiny_bundle, "--max-tokens", "100"]
+    with subprocess.Popen(
+        list(map(str, command)),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+    ) as process:
+        process.stdin.write(b"The quick brown fox\n")
+        process.stdin.close()
+        process.stdout.read(1)
+        process.stdout.close()
+        assert (process.wait(60), process.stderr.read()) == (0, b"")
+
+
+def test_another_pipe_that_breaks_is_a_failure(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr("gptedge.cli.app._invoke", broken)
+    assert run(capsys, "doctor") == (1, "", "gptedge: Broken pipe\n")
 
 
 def test_force_replaces(tiny_checkpoint: Path, tmp_path: Path) -> None:
