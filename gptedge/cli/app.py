@@ -11,6 +11,7 @@ import time
 import traceback
 from contextlib import suppress
 from importlib import import_module
+from io import TextIOWrapper
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -84,6 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not arguments or arguments == ["--version"]:
         arguments = [*arguments, "doctor"] if arguments else ["--help"]
     _end_like_an_interrupt(signal.SIGTERM)
+    _write_utf8()
     try:
         tables = read_tables(VERBS)
         as_json = "--json" in arguments or wants_json(verb, tables)
@@ -114,6 +116,12 @@ def main(arguments: list[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         return _fail(_plain(e), 1, as_json)
+
+
+def _write_utf8() -> None:
+    """Let stdout take any text, whatever the locale."""
+    if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.encoding.lower() != "utf-8":
+        sys.stdout.reconfigure(encoding="utf-8")
 
 
 def _invoke(arguments: list[str], verb: str | None, tables: Tables) -> Any:

@@ -140,8 +140,6 @@ def _plain(
     from gptedge.tui.plain import Repl
     from gptedge.tui.store import ChatFile, chats_folder
 
-    if sys.stdout.encoding.lower() != "utf-8":
-        sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]  # typed as any TextIO
     with load(bundle, **loading, long_prompts=saved is not None) as model:
         chat = model.chat(system=system, params=params)
         file = None

@@ -99,9 +99,16 @@ def command(
 
 
 def _print_text(stream: Stream) -> None:
-    with stream:
-        for chunk in stream:
-            print(chunk.text, end="", flush=True)
+    shown = False
+    try:
+        with stream:
+            for chunk in stream:
+                print(chunk.text, end="", flush=True)
+                shown = shown or bool(chunk.text)
+    except BaseException:
+        if shown:
+            print(flush=True)  # what is said of the error on stderr begins a line
+        raise
     print()
 
 

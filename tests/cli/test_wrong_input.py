@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ import pytest
 from gptedge import safetensors
 from gptedge.cli import main
 from gptedge.cli.common import text_argument
+from gptedge.runtime.generate import Chunk
 from tests.cli.run import run
 
 
@@ -400,6 +401,26 @@ def test_a_variable_does_not_ask_for_the_version(
     code, out, err = run(capsys, "verify", "nowhere")
     assert (code, out) == (1, "")
     assert "nowhere does not exist" in err
+
+
+def test_stdout_takes_any_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding="ascii"))
+    assert main(["verify", "wörld 你好", "--json"]) == 1
+    sys.stdout.flush()
+    assert "wörld 你好 does not exist" in json.loads(out.getvalue())["error"]
+
+
+@pytest.mark.parametrize(("said", "line"), [(["Once", ""], "Once\n"), ([""], ""), ([], "")])
+def test_an_interrupted_reply_ends_its_line(
+    capsys: pytest.CaptureFixture[str], tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, said: list[str], line: str
+) -> None:
+    def interrupted(*_: object) -> Iterator[Chunk]:
+        yield from (Chunk(text) for text in said)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gptedge.model.chunks", interrupted)
+    assert run(capsys, "generate", tiny_bundle, "The") == (130, line, "gptedge: interrupted\n")
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
