@@ -60,7 +60,7 @@ class ChatFile:
     def __init__(self, path: Path, bundle: str | Path, saved: Messages = ()) -> None:
         """`saved` is what the file holds already."""
         self.path = path
-        self.bundle = str(bundle)
+        self.bundle = str(Path(bundle).resolve())  # wherever the conversation is resumed
         self._saved = _copy(saved)
         self._lock = threading.Lock()
 

@@ -36,7 +36,7 @@ def test_a_file_appears_with_the_first_words_and_is_whole_or_old(tmp_path: Path,
     monkeypatch.undo()
     assert file.save([*TALK, *TALK]) is None  # it tries again
     assert store.read(file.path).messages == [*TALK, *TALK]
-    assert store.read(file.path).bundle == "bundle"
+    assert store.read(file.path).bundle == str(Path("bundle").resolve())
 
 
 def test_what_is_saved_already_is_not_written_again(tmp_path: Path) -> None:
@@ -52,7 +52,7 @@ def test_the_latest_is_what_was_written_last(tmp_path: Path) -> None:
         file = store.ChatFile(tmp_path / f"{name}.json", name)
         file.save(TALK)
         os.utime(file.path, (1000 - age, 1000 - age))
-    assert store.latest(tmp_path).bundle == "b"
+    assert Path(store.latest(tmp_path).bundle).name == "b"
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"format_version": 1, "messages": [{"role": "x"}]}', "\udcff"])
