@@ -23,12 +23,11 @@ from gptedge.errors import GptEdgeError
 from gptedge.model import Model
 from gptedge.runtime.context import Window
 from gptedge.runtime.generate import Chunk, join
-from gptedge.runtime.sampling import TokenLogprob
 from gptedge.serve.engine import Engine, Reply
 from gptedge.serve.errors import ApiError, about_prompt, closing, failed
 from gptedge.serve.guard import Guard, RequestLog
 from gptedge.serve.requests import Job, known_model, parse_chat, parse_completion, parse_json, read_model
-from gptedge.serve.responses import Answer, ChatAnswer, MakeAnswer, Source, TextAnswer, model_object, usage_of
+from gptedge.serve.responses import Answer, ChatAnswer, MakeAnswer, OfText, Source, TextAnswer, model_object, usage_of
 from gptedge.serve.settings import ServerSettings
 from gptedge.serve.transport import (
     CLIENT_LEFT,
@@ -168,12 +167,12 @@ async def _bodies(reply: Reply, answer: Answer, include_usage: bool) -> AsyncIte
     no_usage: dict[str, Any] = {"usage": None} if include_usage else {}
     for body in answer.opening():
         yield body | no_usage
-    last, sent, held = Chunk(""), 0, list[TokenLogprob]()
+    last, sent, of_text = Chunk(""), 0, OfText(answer.source)
     async for last in reply:
-        held += answer.source.of_text(last.logprobs)
-        if last.text or (last.finish_reason and held):  # log-probabilities wait for the text they belong to
-            yield answer.piece(last.text, held or None, sent) | no_usage
-            sent, held = sent + len(last.text), []
+        logprobs = of_text.take(last.text, last.logprobs)
+        if last.text:
+            yield answer.piece(last.text, logprobs or None, sent) | no_usage
+            sent += len(last.text)
     if last.finish_reason not in _ENDED or last.usage is None:
         raise closing()  # cancelled: by the server, or by a client that will not read this
     yield answer.ending(last.finish_reason) | no_usage

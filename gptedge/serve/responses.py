@@ -32,9 +32,9 @@ class Source:
     tokenizer: Tokenizer
     eos_ids: frozenset[int]
 
-    def of_text(self, logprobs: Iterable[TokenLogprob] | None) -> list[TokenLogprob]:
-        """Those of a reply's text: the token that ends it is not part of it."""
-        return [t for t in logprobs or () if t.token_id not in self.eos_ids]
+    def of_text(self, result: Result) -> list[TokenLogprob] | None:
+        """The log-probabilities of a whole reply's text."""
+        return None if result.logprobs is None else OfText(self).take(result.text, result.logprobs)
 
     def token_bytes(self, token_id: int) -> bytes | None:
         """None for rows that pad the vocabulary, which no text has."""
@@ -46,6 +46,30 @@ class Source:
     def token_text(self, token_id: int) -> str:
         """The token as text, U+FFFD for bytes that are only part of a character."""
         return (self.token_bytes(token_id) or b"").decode("utf-8", "replace")
+
+
+class OfText:
+    """Gives out the log-probabilities of a reply with the text that they belong to.
+
+    A token belongs to the text in which its own begins. That which ends the reply, and those of a stop string, belong
+    to none; one of which a stop string took only a part stays.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self._eos_ids, self._decoder = source.eos_ids, source.tokenizer.decode_stream()
+        self._held: list[tuple[int, TokenLogprob]] = []  # with where in the text each begins
+        self._decoded = self._given = 0
+
+    def take(self, text: str, logprobs: Iterable[TokenLogprob] | None) -> list[TokenLogprob]:
+        """Those that belong to the text so far, `text` being the next piece of it, and have not been given out yet."""
+        for token in logprobs or ():
+            if token.token_id not in self._eos_ids:
+                self._held.append((self._decoded, token))
+                self._decoded += len(self._decoder.step(token.token_id))
+        self._given += len(text)
+        mine = [token for begin, token in self._held if begin < self._given]
+        self._held = self._held[len(mine) :]
+        return mine
 
 
 @dataclass(frozen=True)
@@ -98,7 +122,7 @@ class ChatAnswer:
 
     def whole(self, result: Result) -> Json:
         message = {"role": "assistant", "content": result.text, "refusal": None}
-        choice = {"index": 0, "message": message, "logprobs": self._logprobs(result.logprobs)}
+        choice = {"index": 0, "message": message, "logprobs": self._logprobs(self.source.of_text(result))}
         return self._head.body(
             "chat.completion",
             [choice | {"finish_reason": result.finish_reason}],
@@ -114,7 +138,7 @@ class ChatAnswer:
             return None
         content = [
             self._named(t.token_id, t.logprob) | {"top_logprobs": [self._named(*top) for top in t.top]}
-            for t in self.source.of_text(logprobs)
+            for t in logprobs
         ]
         return {"content": content, "refusal": None}
 
@@ -144,7 +168,7 @@ class TextAnswer:
         return self._head.body("text_completion", [], usage=usage)
 
     def whole(self, result: Result) -> Json:
-        body = self._body(result.text, self._logprobs(result.logprobs, 0), result.finish_reason)
+        body = self._body(result.text, self._logprobs(self.source.of_text(result), 0), result.finish_reason)
         return body | {"usage": usage_of(result.usage, result.timings)}
 
     def _body(self, text: str, logprobs: Json | None, reason: FinishReason | None) -> Json:
@@ -154,12 +178,11 @@ class TextAnswer:
     def _logprobs(self, logprobs: Sequence[TokenLogprob] | None, offset: int) -> Json | None:
         if logprobs is None:
             return None
-        kept = self.source.of_text(logprobs)
-        tokens = [self.source.token_text(t.token_id) for t in kept]
+        tokens = [self.source.token_text(t.token_id) for t in logprobs]
         return {
             "tokens": tokens,
-            "token_logprobs": [finite(t.logprob) for t in kept],
-            "top_logprobs": [self._top(t) for t in kept] if any(t.top for t in kept) else None,
+            "token_logprobs": [finite(t.logprob) for t in logprobs],
+            "top_logprobs": [self._top(t) for t in logprobs] if any(t.top for t in logprobs) else None,
             "text_offset": list(accumulate(map(len, tokens), initial=offset))[:-1],
         }
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from gptedge import __version__
 from gptedge.config import SamplingParams
+from gptedge.runtime.sampling import TokenLogprob
+from gptedge.serve.responses import OfText, Source
 from gptedge.serve.transport import to_json
 
 PRINT = f"gptedge-{__version__}"
@@ -139,6 +142,31 @@ def test_completion_logprobs(shared: Any, events: Any) -> None:
     assert logprobs["top_logprobs"][0]["x"] == logprobs["token_logprobs"][0]
     parts = events(shared.complete("w", logprobs=1, max_tokens=2, stream=True))
     assert [p["choices"][0]["logprobs"]["text_offset"] for p in parts[:-1]] == [[0], [1]]
+
+
+@pytest.mark.parametrize("stop", ["yz", ["z!", "yz"]])
+def test_logprobs_end_where_the_text_ends(shared: Any, events: Any, stop: Any) -> None:
+    whole = shared.complete("v", logprobs=0, stop=stop).json()["choices"][0]
+    assert whole["text"] == "wx"
+    assert (whole["logprobs"]["tokens"], whole["logprobs"]["text_offset"]) == (["w", "x"], [0, 1])
+    assert len(whole["logprobs"]["token_logprobs"]) == 2
+    parts = [p["choices"][0] for p in events(shared.complete("v", logprobs=0, stop=stop, stream=True))]
+    assert [(p["text"], p["logprobs"] and p["logprobs"]["tokens"]) for p in parts] == [
+        ("w", ["w"]), ("x", ["x"]), ("", None),
+    ]  # fmt: skip
+    chat = shared.chat("x", logprobs=True, stop="y").json()["choices"][0]
+    assert (chat["message"]["content"], chat["logprobs"]["content"]) == ("", [])
+
+
+def test_a_token_of_which_a_part_is_shown_has_its_logprob() -> None:
+    def pieces(*chunks: tuple[str, list[int]]) -> list[list[int]]:
+        tokenizer: Any = SimpleNamespace(decode_stream=lambda: SimpleNamespace(step=["ba", "c.", "<end>"].__getitem__))
+        of_text = OfText(Source("m", tokenizer, frozenset([2])))
+        return [[t.token_id for t in of_text.take(text, [TokenLogprob(i, 0.0) for i in ids])] for text, ids in chunks]
+
+    assert pieces(("bac", [0, 1, 0, 2])) == [[0, 1]]
+    # As a stop string "bab" has it: the second token may be the beginning of one, until there is a third.
+    assert pieces(("", [0]), ("ba", [0]), ("bac.", [1]), ("", [2])) == [[], [0], [0, 1], []]
 
 
 def test_the_chosen_token_is_among_the_top_ones_even_when_it_is_not_likely(shared: Any) -> None:
