@@ -80,8 +80,8 @@ class Model:
         **changes: Any,
     ) -> Any:
         """Like `generate`, with token ids, finish reason, usage and timings."""
-        if batch_size < 1:
-            raise UsageError(f"batch_size is {batch_size}; it must be at least 1")
+        if type(batch_size) is not int or batch_size < 1:
+            raise UsageError(f"batch_size is {batch_size!r}; it must be a whole number, at least 1")
         if isinstance(prompt, str):
             with self.stream(prompt, params, **changes) as stream:
                 for _ in stream:

@@ -111,9 +111,9 @@ def test_small_lists_and_bad_sizes(model: gptedge.Model) -> None:
     assert model.generate([]) == []
     assert model.generate(["fox"], max_tokens=4) == [model.generate("fox", max_tokens=4)]
     assert [r.finish_reason for r in model.run(["a", "b"], max_tokens=0)] == ["length", "length"]
-    for size in (0, -1):
-        with pytest.raises(gptedge.UsageError, match="batch_size is"):
-            model.generate(["a"], batch_size=size)
+    for size in (0, -1, "a", 1.5, True, None):
+        with pytest.raises(gptedge.UsageError, match=f"batch_size is {size!r}; it must be a whole number, at least 1"):
+            model.generate(["a", "b"], batch_size=size)
 
 
 def test_quantized_batches_differ_by_rounding_alone(quantized_bundle: Path) -> None:
