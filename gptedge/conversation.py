@@ -14,7 +14,7 @@ from gptedge.errors import DataError, UsageError
 from gptedge.runtime.generate import Chunks, Result, Stream, chunks
 from gptedge.runtime.kv_file import load_cache, save_cache
 from gptedge.runtime.prefixes import common_prefix
-from gptedge.text import checked_text
+from gptedge.text import check_scalars, checked_text
 from gptedge.turns import Messages, Turns
 
 if TYPE_CHECKING:
@@ -206,4 +206,8 @@ def checked_messages(value: Any) -> list[dict[str, str]]:
     for i, m in enumerate(value):
         if not isinstance(m, Mapping) or m.get("role") not in ROLES or not isinstance(m.get("content"), str):
             raise DataError(f"message {i} must have a role of {', '.join(ROLES)} and content that is text")
+        try:
+            check_scalars(m["content"])
+        except DataError as e:
+            raise DataError(f"message {i}: {e}") from None
     return [{"role": m["role"], "content": m["content"]} for m in value]

@@ -1,4 +1,4 @@
-"""Text, strictly: files must be UTF-8, with an error that says where they are not, and arguments must be str."""
+"""Text, strictly: files must be UTF-8, with an error that says where not, and arguments text that UTF-8 can hold."""
 
 from __future__ import annotations
 
@@ -8,10 +8,21 @@ from gptedge.errors import DataError, UsageError
 
 
 def checked_text(value: object, name: str) -> str:
-    """`value`, which must be text. Raises UsageError."""
+    """`value`, which must be text. Raises UsageError, or DataError for a lone surrogate."""
     if not isinstance(value, str):
         raise UsageError(f"{name} is {repr(value)[:60]}; it must be text (str)")
+    check_scalars(value)
     return value
+
+
+def check_scalars(text: str) -> None:
+    """Raise DataError if `text` holds a lone surrogate, which no UTF-8 text can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise DataError(
+            f"text has a lone surrogate U+{ord(text[e.start]):04X} at character {e.start}; decode its source as UTF-8"
+        ) from None
 
 
 def read_text(path: Path) -> str:

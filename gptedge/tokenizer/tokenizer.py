@@ -19,8 +19,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from gptedge.errors import DataError, TokenizerError
+from gptedge.errors import TokenizerError
 from gptedge.files import new_file, write_json
+from gptedge.text import check_scalars
 from gptedge.tokenizer.added_tokens import AddedToken, Matcher, read_added_tokens
 from gptedge.tokenizer.bpe import BPE, build_model
 from gptedge.tokenizer.decode import Chain, Decoder
@@ -234,16 +235,6 @@ def _collector_paused() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
-
-
-def check_scalars(text: str) -> None:
-    """Raise DataError if `text` holds a lone surrogate, which no UTF-8 text can hold."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as e:
-        raise DataError(
-            f"text has a lone surrogate U+{ord(text[e.start]):04X} at character {e.start}; decode its source as UTF-8"
-        ) from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -19,9 +19,10 @@ from itertools import islice, pairwise
 from typing import Any
 
 from gptedge.errors import DataError, UsageError
+from gptedge.text import check_scalars
 from gptedge.tokenizer.patterns import QWEN2_PATTERN
 from gptedge.tokenizer.pretokenize import BYTE_TO_CHAR, build_pre_tokenizer
-from gptedge.tokenizer.tokenizer import Tokenizer, check_scalars
+from gptedge.tokenizer.tokenizer import Tokenizer
 
 Pair = tuple[int, int]
 Progress = Callable[[int, int], None]

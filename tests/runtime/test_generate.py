@@ -292,6 +292,17 @@ def test_history_from_elsewhere_is_checked(model: gptedge.Model) -> None:
         chat.load_dict({"messages": [{"role": "pirate", "content": "arr"}]})
     with pytest.raises(gptedge.DataError, match="must have messages, a list"):
         chat.load_dict({})
+    with pytest.raises(gptedge.DataError, match=r"message 1: text has a lone surrogate U\+DCE9 at character 3"):
+        chat.load_dict({"messages": [{"role": "user", "content": text} for text in ("a", "caf\udce9")]})
+    assert chat.messages == []
+
+
+def test_text_that_utf8_cannot_hold_never_gets_into_a_history(model: gptedge.Model) -> None:
+    chat = model.chat(system="S")
+    for misuse in (lambda: chat.edit(0, "\udce9"), lambda: chat.send("\udce9"), lambda: model.chat(system="\udce9")):
+        with pytest.raises(gptedge.DataError, match="lone surrogate"):
+            misuse()
+    assert chat.messages == [{"role": "system", "content": "S"}]
 
 
 def test_chats_from_several_threads_do_not_disturb_each_other(model: gptedge.Model) -> None:
