@@ -16,7 +16,7 @@ from gptedge.chat_prompt import ChatPrompt
 from gptedge.chat_template import ChatTemplate, load_chat_template
 from gptedge.config import SamplingParams
 from gptedge.conversation import Chat
-from gptedge.errors import UsageError
+from gptedge.errors import ContextOverflowError, UsageError
 from gptedge.loading import likely_long, load
 from gptedge.runtime.adapter import Adapter
 from gptedge.runtime.batch import BATCH_SIZE, generate_batch
@@ -90,8 +90,15 @@ class Model:
         if not isinstance(prompt, Iterable) or isinstance(prompt, bytes):
             raise UsageError(f"the prompt is {repr(prompt)[:60]}; it must be text (str), or a list of texts")
         settings = sampling_params(params, changes)
-        windows = [self.window(self._encode(p), settings) for p in prompt]
+        windows = [self._window_of(p, i, settings) for i, p in enumerate(prompt, 1)]
         return generate_batch(self.session, self.tokenizer, windows, settings, batch_size, self.adapter)
+
+    def _window_of(self, prompt: str, number: int, settings: SamplingParams) -> Window:
+        """`window` of a prompt of a list, the `number`-th."""
+        try:
+            return self.window(self._encode(prompt), settings)
+        except ContextOverflowError as e:
+            raise ContextOverflowError(f"prompt {number} of the list: {e}") from None
 
     def stream(self, prompt: str, params: SamplingParams | None = None, **changes: Any) -> Stream:
         """The text that follows `prompt`, chunk by chunk. Raises ContextOverflowError when the prompt does not fit."""
@@ -162,12 +169,16 @@ class Model:
         bad = next((i for i in ids if not 0 <= i < self.session.vocab_size), None)
         if bad is not None:
             raise UsageError(f"token id {bad} is outside the vocabulary of {self.session.vocab_size}")
-        if params.context_overflow == "error":
-            shortener = None
-        elif shortener is None:
-            shortener = PlainText(ids, keep=int(ids[0] == self.tokenizer.bos_id))
-        window = Window(ids, self.context_length, shortener)
-        self.session.check_fits(len(window.ids))
+        shortener = shortener or PlainText(ids, keep=int(ids[0] == self.tokenizer.bos_id))
+        shifts = params.context_overflow == "shift"
+        window = Window(ids, self.context_length, shortener if shifts else None)
+        if window.room < 1:
+            can_shift = not shifts and Window(ids, self.context_length, shortener).room > 0
+            or_shift = ", or let the oldest go with context_overflow shift" if can_shift else ""
+            raise ContextOverflowError(
+                f"the prompt has {len(ids)} tokens and the model's context holds {self.context_length}, "
+                f"the reply included; shorten the prompt{or_shift}"
+            )
         return window
 
     def checked_prompt(self, ids: Sequence[int]) -> list[int]:

@@ -163,14 +163,6 @@ class Session:
         device = device_of(self.provider)
         return read_adapter(self._ort, path, self.bundle, self._session.get_overridable_initializers(), device)
 
-    def check_fits(self, n_tokens: int) -> None:
-        """Raise ContextOverflowError unless `n_tokens` and one more fit the context."""
-        if n_tokens >= self.context_length:
-            raise ContextOverflowError(
-                f"the prompt has {n_tokens} tokens and the model's context holds {self.context_length}, "
-                "the reply included; shorten the prompt, or let the oldest go with context_overflow shift"
-            )
-
     def prefill(self, ids: Sequence[int], cache: KVCache, *, stop: threading.Event | None = None) -> Logits | None:
         """Run a prompt in chunks. The last token's logits, float32 [vocab_size]; None when `stop` was set meanwhile.
 

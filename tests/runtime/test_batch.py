@@ -80,8 +80,8 @@ def test_rows_outgrow_their_room(model: gptedge.Model) -> None:
 
 def test_full_contexts(model: gptedge.Model) -> None:
     prompts = ["word " * 500, "fox", "lazy dog " * 25]
-    with pytest.raises(gptedge.ContextOverflowError):
-        model.run(prompts, max_tokens=5)
+    with pytest.raises(gptedge.ContextOverflowError, match=r"^prompt 2 of the list: the prompt has 2000 tokens"):
+        model.run(["fox", *prompts], max_tokens=5)
     params = {"max_tokens": 320, "context_overflow": "shift", "logit_bias": dict.fromkeys(model.bundle.eos_ids, -1e4)}
     same(model.run(prompts, **params), [model.run(p, **params) for p in prompts])
 

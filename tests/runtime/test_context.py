@@ -141,11 +141,19 @@ def test_reply_alone_longer_than_the_context_ends_there(model: gptedge.Model) ->
     assert 200 < len(result.token_ids) < CONTEXT
 
 
+def test_shifting_is_advised_where_older_turns_would_make_room(model: gptedge.Model) -> None:
+    chat = filled(model, 12)
+    with pytest.raises(gptedge.ContextOverflowError, match=r"or let the oldest go with context_overflow shift$"):
+        chat.send("And then?", context_overflow="error")
+    chat.send("And then?", max_tokens=2)
+
+
 def test_question_alone_longer_than_the_context(model: gptedge.Model) -> None:
     chat = filled(model, 2)
     before = list(chat.messages)
-    with pytest.raises(gptedge.ContextOverflowError, match="context holds 300"):
-        chat.send("word " * 1000)
+    for overflow in ("shift", "error"):  # neither of which has room for it
+        with pytest.raises(gptedge.ContextOverflowError, match=r"context holds 300, .*; shorten the prompt$"):
+            chat.send("word " * 1000, context_overflow=overflow)
     assert chat.messages == before
     chat.send("still here")
 
