@@ -9,6 +9,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from threading import Event
 from types import TracebackType
 from typing import Any, TypeVar, overload
 
@@ -23,13 +24,13 @@ from gptedge.runtime.generate import Chunk, Result, Stream
 T = TypeVar("T")
 
 
-async def _in_thread(stream: Stream, work: Callable[[], T]) -> T:
-    """Let a thread read the stream; where the task is cancelled, so is the stream, and its end is waited for."""
+async def _in_thread(work: Callable[[], T], cancel: Callable[[], None]) -> T:
+    """Let a thread work; where the task is cancelled, `cancel` tells it to end, which is waited for."""
     working = asyncio.ensure_future(asyncio.to_thread(work))
     try:
         return await asyncio.shield(working)
     except asyncio.CancelledError:
-        stream.cancel()
+        cancel()
         await asyncio.wait([working])
         raise
 
@@ -37,7 +38,7 @@ async def _in_thread(stream: Stream, work: Callable[[], T]) -> T:
 async def _whole(make: Callable[[], Stream]) -> Result:
     """A reply that is read in one thread from beginning to end."""
     stream = await asyncio.to_thread(make)
-    await _in_thread(stream, lambda: deque(stream, maxlen=0))
+    await _in_thread(lambda: deque(stream, maxlen=0), stream.cancel)
     return stream.result
 
 
@@ -64,7 +65,7 @@ class AsyncStream:
     async def __anext__(self) -> Chunk:
         stream = await self._opened()
         # None at the end: StopIteration cannot cross a future.
-        chunk = await _in_thread(stream, lambda: next(stream, None))
+        chunk = await _in_thread(lambda: next(stream, None), stream.cancel)
         if chunk is None:
             raise StopAsyncIteration
         return chunk
@@ -180,10 +181,10 @@ class AsyncModel:
         self, prompt: Sequence[str], params: SamplingParams | None = None, **changes: Any
     ) -> list[Result]: ...
     async def run(self, prompt: str | Sequence[str], params: SamplingParams | None = None, **changes: Any) -> Any:
-        """Lists are run to their end, even where the task is cancelled."""
         if isinstance(prompt, str):
             return await _whole(lambda: self.model.stream(prompt, params, **changes))
-        return await asyncio.to_thread(lambda: self.model.run(prompt, params, **changes))
+        cancelled = Event()
+        return await _in_thread(lambda: self.model.run_list(prompt, params, cancelled, **changes), cancelled.set)
 
     def stream(self, prompt: str, params: SamplingParams | None = None, **changes: Any) -> AsyncStream:
         return AsyncStream(lambda: self.model.stream(prompt, params, **changes))

@@ -80,18 +80,30 @@ class Model:
         **changes: Any,
     ) -> Any:
         """Like `generate`, with token ids, finish reason, usage and timings."""
-        if type(batch_size) is not int or batch_size < 1:
-            raise UsageError(f"batch_size is {batch_size!r}; it must be a whole number, at least 1")
         if isinstance(prompt, str):
+            _check_batch_size(batch_size)
             with self.stream(prompt, params, **changes) as stream:
                 for _ in stream:
                     pass
             return stream.result
+        return self.run_list(prompt, params, Event(), batch_size=batch_size, **changes)
+
+    def run_list(
+        self,
+        prompt: Sequence[str],
+        params: SamplingParams | None,
+        cancelled: Event,
+        *,
+        batch_size: int = BATCH_SIZE,
+        **changes: Any,
+    ) -> list[Result]:
+        """`run` of a list, which ends with what has come so far once `cancelled` is set, by any thread."""
+        _check_batch_size(batch_size)
         if not isinstance(prompt, Iterable) or isinstance(prompt, bytes):
             raise UsageError(f"the prompt is {repr(prompt)[:60]}; it must be text (str), or a list of texts")
         settings = sampling_params(params, changes)
         windows = [self._window_of(p, i, settings) for i, p in enumerate(prompt, 1)]
-        return generate_batch(self.session, self.tokenizer, windows, settings, batch_size, self.adapter)
+        return generate_batch(self.session, self.tokenizer, windows, settings, batch_size, self.adapter, cancelled)
 
     def _window_of(self, prompt: str, number: int, settings: SamplingParams) -> Window:
         """`window` of a prompt of a list, the `number`-th."""
@@ -196,6 +208,11 @@ class Model:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _check_batch_size(value: int) -> None:
+    if type(value) is not int or value < 1:
+        raise UsageError(f"batch_size is {value!r}; it must be a whole number, at least 1")
 
 
 def sampling_params(params: SamplingParams | None, changes: dict[str, Any]) -> SamplingParams:

@@ -39,12 +39,17 @@ def generate_batch(
     params: SamplingParams,
     batch_size: int,
     adapter: Adapter | None = None,
+    cancelled: threading.Event | None = None,
 ) -> list[Result]:
-    """Replies to the prompts in `windows`, in their order. A seed is each text's own, as if it were alone."""
+    """Replies to the prompts in `windows`, in their order. A seed is each text's own, as if it were alone.
+
+    Once `cancelled` is set, all that have not ended end as they are.
+    """
+    cancelled = cancelled or threading.Event()
     layout = session.signature.cache
     if not layout.shared or layout.device != "cpu" or len(windows) == 1:
-        return [_alone(session, tokenizer, window, params, adapter) for window in windows]
-    texts = [_Text(session, tokenizer, window, params) for window in windows]
+        return [_alone(session, tokenizer, window, params, adapter, cancelled) for window in windows]
+    texts = [_Text(session, tokenizer, window, params, cancelled) for window in windows]
     rows = Rows(session, min(batch_size, len(texts)), adapter)
     waiting, live = deque(texts), list[_Text]()
     while waiting or live:
@@ -58,9 +63,14 @@ def generate_batch(
 
 
 def _alone(
-    session: Session, tokenizer: Tokenizer, window: Window, params: SamplingParams, adapter: Adapter | None
+    session: Session,
+    tokenizer: Tokenizer,
+    window: Window,
+    params: SamplingParams,
+    adapter: Adapter | None,
+    cancelled: threading.Event,
 ) -> Result:
-    return join(list(chunks(session, tokenizer, session.new_cache(adapter), window, params, threading.Event())))
+    return join(list(chunks(session, tokenizer, session.new_cache(adapter), window, params, cancelled)))
 
 
 def _still_live(live: list[_Text], logits: Logits, rows: Rows) -> list[_Text]:
@@ -83,8 +93,15 @@ def _still_live(live: list[_Text], logits: Logits, rows: Rows) -> list[_Text]:
 class _Text:
     """One text of a batch."""
 
-    def __init__(self, session: Session, tokenizer: Tokenizer, window: Window, params: SamplingParams) -> None:
-        self._session, self._window, self._params = session, window, params
+    def __init__(
+        self,
+        session: Session,
+        tokenizer: Tokenizer,
+        window: Window,
+        params: SamplingParams,
+        cancelled: threading.Event,
+    ) -> None:
+        self._session, self._window, self._params, self._cancelled = session, window, params, cancelled
         self._sampler = Sampler(params, window.ids, session.vocab_size)
         self._writer = Writer(tokenizer, params, session.bundle.eos_ids)
         self._chunks: list[Chunk] = []
@@ -107,10 +124,13 @@ class _Text:
 
     def _read(self) -> None:
         ids, cache = self._window.ids, self._rows.reserve(self.row, len(self._window.ids))
-        logits = self._session.prefill(ids[cache.keep_common_prefix(ids[:-1]) :], cache)
-        assert logits is not None
+        left = ids[cache.keep_common_prefix(ids[:-1]) :]
+        logits = None if self._cancelled.is_set() else self._session.prefill(left, cache, stop=self._cancelled)
         self._room = self._window.room
-        self.take(logits)
+        if logits is None:
+            self._end("cancelled")
+        else:
+            self.take(logits)
 
     def take(self, logits: Logits) -> None:
         """Choose the next token, and end where nothing may follow it."""
@@ -121,6 +141,8 @@ class _Text:
         self._room -= 1
         if self._writer.stopped:
             self._end("stop")
+        elif self._cancelled.is_set():
+            self._end("cancelled")
         elif len(self.generated) == self._params.max_tokens:
             self._end("length")
         elif not self._room:

@@ -11,7 +11,18 @@ import pytest
 import gptedge
 from gptedge.model import Model
 
-INNER = {"bundle", "session", "tokenizer", "threads_from", "chat_template", "chat_prompt", "window", "checked_prompt"}
+INNER = {
+    "bundle",
+    "session",
+    "tokenizer",
+    "threads_from",
+    "chat_template",
+    "chat_prompt",
+    "window",
+    "checked_prompt",
+    "prefixes",
+    "run_list",
+}
 """Of a model; through `AsyncModel.model`."""
 
 
@@ -86,7 +97,12 @@ async def test_what_is_cancelled_stops_and_frees_its_chat(tiny_bundle: Path) -> 
     """A task that is cancelled in its midst; a loop that is left; a stream that has not begun."""
     async with await gptedge.AsyncModel.load(tiny_bundle, threads=1) as twin:
         chat = twin.chat(max_tokens=250, stop=["never"])
-        for ask in (lambda: chat.send("hi"), lambda: twin.generate("The", max_tokens=250, seed=1)):
+        texts = ["The"] * 50
+        for ask in (
+            lambda: chat.send("hi"),
+            lambda: twin.generate("The", max_tokens=250, seed=1),
+            lambda: twin.generate(texts, max_tokens=250, seed=1, batch_size=2),
+        ):
             task = asyncio.create_task(ask())
             await asyncio.sleep(0.01)
             task.cancel()
