@@ -350,9 +350,10 @@ def test_a_bad_value_of_a_variable_names_it(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GPTEDGE_GENERATE_MAX_TOKENS", "x")
-    err = "gptedge: Invalid value for {}: 'x' is not a valid int.\n"
-    assert run(capsys, "generate", "nowhere", "hi") == (2, "", err.format("GPTEDGE_GENERATE_MAX_TOKENS"))
-    assert run(capsys, "generate", "nowhere", "hi", "--seed", "x", "--max-tokens", "1")[2] == err.format("'--seed'")
+    for flags, name in (((), "GPTEDGE_GENERATE_MAX_TOKENS"), (("--max-tokens", "1", "--seed", "x"), "'--seed'")):
+        code, out, err = run(capsys, "generate", "nowhere", "hi", *flags)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert err.startswith(f"gptedge: Invalid value for {name}: 'x' is not a valid int")
 
 
 def test_a_config_file_that_was_asked_for_must_be_there(
