@@ -6,6 +6,7 @@ import json
 import random
 import resource
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -29,12 +30,18 @@ from tests.train.test_run import interrupt_at, outcome
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs fork and resource limits")
 
 
-def kill_often(run: Callable[[], object], out: Path) -> None:
-    """Start or resume `run` until `out` is whole; up to five starts are killed."""
+def kill_often(run: Callable[[Path], object], whole: Path, killed: Path) -> None:
+    """Run to `whole`, then start or resume the same to `killed` until it is there; up to five starts are killed.
+
+    Each after a part of the time that the whole took, so that a quick machine has not come to the end by then.
+    """
+    began = time.perf_counter()
+    run(whole)
+    took_s = time.perf_counter() - began
     draw, kills = random.Random(1), 0
-    while not (out / "config.json").exists():
-        child = start(run)
-        child.join(0.15 + draw.random() * 0.7 if kills < 5 else None)
+    while not (killed / "config.json").exists():
+        child = start(lambda: run(killed))
+        child.join(took_s * (0.05 + 0.2 * draw.random()) if kills < 5 else None)
         if child.is_alive():
             child.kill()
             child.join()
@@ -49,10 +56,9 @@ def test_killed_at_any_moment_it_comes_to_the_same_losses_and_weights(
 ) -> None:
     """With dropout, so that the random generator counts, and early stopping, so that the best does."""
     config = replace(tiny, max_steps=120, save_every=3, eval_every=7, dropout=0.1, patience=50, schedule="trapezoid")
-    run_training([texts], tmp_path / "whole", config=config)
-    out = tmp_path / "killed"
-    kill_often(lambda: run_training([texts], out, config=config, resume=True), out)
-    assert outcome(out) == outcome(tmp_path / "whole")
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    kill_often(lambda out: run_training([texts], out, config=config, resume=True), whole, killed)
+    assert outcome(killed) == outcome(whole)
 
 
 @pytest.mark.parametrize("changes", [{}, {"lora_rank": 0, "qat": "int4"}], ids=["lora", "full, rounded"])
@@ -73,10 +79,9 @@ def test_fine_tuning_killed_at_any_moment_comes_to_the_same(
         threads=1,
         **changes,
     )
-    finetune(source, [data], tmp_path / "whole", config=config)
-    out = tmp_path / "killed"
-    kill_often(lambda: finetune(source, [data], out, config=config, resume=True), out)
-    assert outcome(out) == outcome(tmp_path / "whole")
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    kill_often(lambda out: finetune(source, [data], out, config=config, resume=True), whole, killed)
+    assert outcome(killed) == outcome(whole)
 
 
 def test_fine_tuning_passes_over_a_torn_state(tiny_checkpoint: Path, tmp_path: Path) -> None:
