@@ -169,7 +169,7 @@ class Chat:
                 self.dropped_messages = turns.dropped
                 reply = model.tokenizer.decode(result.token_ids, skip_special_tokens=False)
                 self._spoken = (turns.text + reply, [*turns.ids, *result.token_ids])
-                if [m["role"] for m in messages] == _FIRST_QUESTION:
+                if not result.timings.cached_tokens and [m["role"] for m in messages] == _FIRST_QUESTION:
                     model.prefixes.keep(self._cache, self._length_of_system(messages[0]))
             self._busy.release()
 
