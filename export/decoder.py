@@ -140,7 +140,7 @@ class _Decoder:
             rotary_interleaved=0,
             **self.attention_options(i),
         )
-        return self.linear(y, f"{block}.o")
+        return self.linear(self.wanted(y, i), f"{block}.o")
 
     def mlp(self, x: str, i: int) -> str:
         """[B, T, D] -> [B, T, D]"""
@@ -157,6 +157,7 @@ class _Decoder:
         block, last = f"blocks.{i}", i + 1 == self.c.n_layer
         after = "norm" if last else f"blocks.{i + 1}.attn_norm"
         update = self.norm(self.attention(normed, i), f"{block}.attn_post_norm")
+        x = self.wanted(x, i)
         if self.c.parallel:
             beside = self.norm(self.mlp(self.norm(x, f"{block}.mlp_norm"), i), f"{block}.mlp_post_norm")
             return self.add_norm(x, self.g.op("Add", update, beside, name=f"{block}.both"), after)
@@ -184,19 +185,28 @@ class _Decoder:
         return g.model("decoder")
 
     def head(self, normed: str) -> str:
-        """[B, T, D] -> logits [B, end_logit - first_logit, V]"""
+        """[B, end_logit - first_logit, D] -> logits of as many tokens"""
         g = self.g
-        first = g.optional_input(FIRST_LOGIT, np.zeros(1, np.int64))
-        end = g.optional_input(END_LOGIT, np.full(1, _END))
-        rows = g.op("Slice", normed, first, end, g.constant("time_axis", [1]), name="head.rows")
         table = "embed.weight" if self.c.tie_embeddings else "head.weight"
         cap = self.c.logit_softcap
         if cap is None:
-            return g.op("FusedMatMul", rows, self.weight(table), name="head", out=LOGITS, transB=1)
-        product = g.op("FusedMatMul", rows, self.weight(table), name="head", transB=1)
+            return g.op("FusedMatMul", normed, self.weight(table), name="head", out=LOGITS, transB=1)
+        product = g.op("FusedMatMul", normed, self.weight(table), name="head", transB=1)
         bound = g.constant("logit_softcap", cap, np.float32)
         part = g.op("Tanh", g.op("Div", product, bound, name="head.part"), name="head.bounded")
         return g.op("Mul", part, bound, name="head.capped", out=LOGITS)
+
+    def wanted(self, x: str, i: int) -> str:
+        """In the last layer, the tokens whose logits are wanted: behind its attention nothing looks at others."""
+        if i + 1 < self.c.n_layer:
+            return x
+        first, end = self.wanted_bounds
+        return self.g.op("Slice", x, first, end, self.g.constant("time_axis", [1]), name=f"{x}.wanted")
+
+    @cached_property
+    def wanted_bounds(self) -> tuple[str, str]:
+        g = self.g
+        return g.optional_input(FIRST_LOGIT, np.zeros(1, np.int64)), g.optional_input(END_LOGIT, np.full(1, _END))
 
     # ---- pieces ----------------------------------------------------------------------------------------------------
 

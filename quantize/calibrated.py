@@ -15,7 +15,7 @@ from onnx import TensorProto
 from gptedge.errors import DataError
 from gptedge.quantize.gptq import quantize_calibrated
 from gptedge.quantize.integer_products import Columns
-from gptedge.quantize.passes import Target, constants, replacements
+from gptedge.quantize.passes import Target, arrays_of, constants, replacements
 from gptedge.quantize.rounding import Blocks, dequantize
 from gptedge.quantize.walk import Read, Walk
 
@@ -73,7 +73,8 @@ class Calibrator:
 
     def put_in_place(self, target: Target, blocks: Blocks | Columns) -> None:
         """Later activations come through the quantized weight."""
-        made = {role: onnx.numpy_helper.from_array(a, f"{target.weight}.{role}") for role, a in blocks.arrays().items()}
+        arrays = arrays_of(target, blocks)
+        made = {role: onnx.numpy_helper.from_array(a, f"{target.weight}.{role}") for role, a in arrays.items()}
         initializers: Iterable[TensorProto] = [*made.values(), *constants([target])]
         for node, nodes in replacements(target, {role: t.name for role, t in made.items()}, self._nodes).items():
             self._quantized.replace(node, nodes, initializers)

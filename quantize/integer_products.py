@@ -10,11 +10,17 @@ Weights rest as signed bytes, which such processors multiply fastest with unsign
 family add two such products in saturating 16 bits, which is wrong, and those of two unsigned bytes exactly. So each
 graph is written twice over the same bytes: X.onnx makes its weights unsigned when it is loaded and is right everywhere,
 X.signed.onnx takes them as they are. The session finds out which of them suits its processor.
+
+Between products as little is written as can be. What an MLP splits into gate and up is made by a product each. And a
+factor of a token need not be multiplied in where the next product's rounding divides it out again:
+
+    gate * largest ── activation ──┐
+                               up ── * ── / largest of it ── … ── product ── * both of its token's factors ── y
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -30,8 +36,12 @@ from gptedge.onnx_file import MICROSOFT, save_graph
 _MIDDLE, _LARGEST = 128, 127
 _TINY = np.finfo(np.float32).tiny
 _AXIS, _STEP, _ZERO_POINT = "integers.axis", "integers.step", "integers.middle"
+_LARGEST_OF, _FACTOR_OF = ".largest", ".factor"
 _UNSIGNED = ".unsigned"
 _OPERATOR = "MatMulIntegerToFloat"
+
+WHOLE, HALVES = ("",), ("gate.", "up.")
+"""What roles begin with, for each part of a matrix's rows that has a product of its own."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +61,16 @@ class Columns:
         integers = np.clip(np.rint(rows / scales[:, None]), -_LARGEST, _LARGEST)
         return cls(np.ascontiguousarray(integers.T.astype(np.int8)), scales)
 
-    def arrays(self) -> dict[str, npt.NDArray[Any]]:
-        """By role, which is the field's name."""
-        return {role: getattr(self, role) for role in ROLES}
+    def arrays(self, parts: Sequence[str] = WHOLE) -> dict[str, npt.NDArray[Any]]:
+        """By role; in the same order as `roles` gives them."""
+        columns, scales = np.split(self.columns, len(parts), axis=1), np.split(self.scales, len(parts))
+        arrays = (np.ascontiguousarray(a) for pair in zip(columns, scales, strict=True) for a in pair)
+        return dict(zip(roles(parts), arrays, strict=True))
 
 
-ROLES = tuple(f.name for f in fields(Columns))
+def roles(parts: Sequence[str] = WHOLE) -> list[str]:
+    """Of the initializers of a product in such parts: fields of `Columns`, behind what a part's begin with."""
+    return [part + field.name for part in parts for field in fields(Columns)]
 
 
 def constants() -> list[TensorProto]:
@@ -76,28 +90,66 @@ def unsigned(columns: str) -> Iterator[NodeProto]:
     yield helper.make_node("BitwiseXor", [name, _ZERO_POINT], [columns + _UNSIGNED], name=columns + _UNSIGNED)
 
 
-def product(node: NodeProto, columns: str, scales: str) -> Iterator[NodeProto]:
-    """What stands in for a float product `node`, whose name the last node has. A token of zeros gives zeros, because
-    what 0 / 0 is rounded to is multiplied by 0."""
-    x, y, name = node.input[0], node.output[0], node.name
+def product(node: NodeProto, names: Mapping[str, str], outputs: Mapping[str, str]) -> Iterator[NodeProto]:
+    """What stands in for a float product `node`: `outputs` has what each part of it makes, `names` by role what it
+    reads. A token of zeros gives zeros, because what 0 / 0 is rounded to is multiplied by 0."""
+    x, name = node.input[0], node.name
     steps: tuple[tuple[str, list[str], str, dict[str, Any]], ...] = (
         ("Abs", [x], "abs", {}),
         ("ReduceMax", [f"{name}.abs", _AXIS], "largest", {"keepdims": 1}),
-        ("Div", [x, f"{name}.largest"], "part", {}),
+        ("Div", [x, f"{name}{_LARGEST_OF}"], "part", {}),
         ("QuantizeLinear", [f"{name}.part", _STEP, _ZERO_POINT], "rounded", {}),
     )
     for kind, inputs, output, attributes in steps:
         yield helper.make_node(kind, inputs, [f"{name}.{output}"], name=f"{name}.{output}", **attributes)
-    factors = [f"{name}.rounded", columns + _UNSIGNED, _STEP, scales, _ZERO_POINT, _ZERO_POINT]
-    yield helper.make_node(_OPERATOR, factors, [f"{name}.product"], name=f"{name}.product", domain=MICROSOFT)
-    yield helper.make_node("Mul", [f"{name}.product", f"{name}.largest"], [y], name=name)
+    for part, output in outputs.items():
+        columns, scales = (names[role] for role in roles([part]))
+        factors = [f"{name}.rounded", columns + _UNSIGNED, _STEP, scales, _ZERO_POINT, _ZERO_POINT]
+        made, last = f"{name}.{part}product", f"{name}.{part}".removesuffix(".")
+        yield helper.make_node(_OPERATOR, factors, [made], name=made, domain=MICROSOFT)
+        yield helper.make_node("Mul", [made, f"{name}{_LARGEST_OF}"], [output], name=last)
 
 
 def save(path: Path, model: onnx.ModelProto) -> None:
     """Write a graph, and its signed twin where it has products of integers."""
+    _defer_factors(model.graph)
     save_graph(path, model)
     if any(node.op_type == _OPERATOR for node in model.graph.node):
         save_graph(path.with_name(signed(path.name)), _signed(model))
+
+
+def _defer_factors(graph: onnx.GraphProto) -> None:
+    """Take the factors of tokens from where only the rounding of another product reads on, to behind that one."""
+    makers = {output: node for node in graph.node for output in node.output}
+    readers: dict[str, list[NodeProto]] = {}
+    for node in graph.node:
+        for name in set(node.input):
+            readers.setdefault(name, []).append(node)
+    late: dict[str, list[NodeProto]] = {}
+    for rounded in dict.fromkeys(node.input[0] for node in graph.node if node.op_type == _OPERATOR):
+        name = rounded.removesuffix(".rounded")
+        gated = makers.get(makers[f"{name}.part"].input[0])  # what is divided by its largest
+        scaled = _right_factor(gated, makers) if gated is not None and len(readers[gated.output[0]]) == 2 else None
+        if gated is None or scaled is None or not _is_scaling(scaled) or len(readers[scaled.output[0]]) > 1:
+            continue
+        factor, largest = name + _FACTOR_OF, name + _LARGEST_OF
+        gated.input[1] = scaled.input[0]
+        late[largest] = [helper.make_node("Mul", [largest, scaled.input[1]], [factor], name=factor)]
+        for last in filter(_is_scaling, readers[largest]):
+            last.input[1] = factor
+        graph.node.remove(scaled)
+    nodes = [new for node in graph.node for new in (node, *late.get(node.output[0], ()))]
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def _right_factor(node: NodeProto, makers: Mapping[str, NodeProto]) -> NodeProto | None:
+    return makers.get(node.input[1]) if node.op_type == "Mul" else None
+
+
+def _is_scaling(node: NodeProto) -> bool:
+    """Whether it multiplies a product of integers by its token's factor."""
+    return node.op_type == "Mul" and node.input[1].endswith(_LARGEST_OF)
 
 
 def _signed(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -18,7 +18,9 @@ from onnx import NodeProto, TensorProto, helper
 from gptedge.errors import UnsupportedModelError, UsageError
 from gptedge.onnx_file import MICROSOFT
 from gptedge.quantize import integer_products
+from gptedge.quantize.integer_products import Columns
 from gptedge.quantize.recipes import WHOLE_ROWS, Group, Recipe, Scheme
+from gptedge.quantize.rounding import Blocks
 
 ACCURACY_LEVEL = 4
 """MatMulNBits with 8-bit activations; at lower levels, 8-bit weights would be widened at each call."""
@@ -41,6 +43,8 @@ class Target:
     """Names of the FusedMatMul nodes."""
     lookups: tuple[str, ...]
     """Names of the Gather nodes."""
+    split: str = ""
+    """Name of the Split into halves which alone reads what the product makes, where there is one."""
 
     @property
     def scheme(self) -> Scheme:
@@ -51,16 +55,45 @@ class Target:
         """What is only looked up has no inputs to be calibrated on, and is rounded to nearest."""
         return self.group.method == "gptq" and bool(self.products)
 
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """Names of all nodes that something else stands in for."""
+        return (*self.products, *self.lookups, *((self.split,) if self.split and self.scheme.whole_rows else ()))
+
+    @property
+    def roles(self) -> list[str]:
+        """Of the initializers of a product of integers."""
+        return integer_products.roles(self.parts)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return integer_products.HALVES if self.split else integer_products.WHOLE
+
 
 def find_targets(model: onnx.ModelProto, recipe: Recipe) -> list[Target]:
     """Matrices that products and token lookups use and the recipe covers, in the order in which the graph uses them."""
-    found = []
-    for (name, rows, width), uses in _matrices(model):
+    found, splits = [], _splits(model)
+    for (name, rows, width), (products, lookups) in _matrices(model):
         if group := recipe.group_of(plain_name(name)):
-            found.append(Target(name, rows, width, group, *uses))
+            split = splits.get(products[0], "") if len(products) == 1 else ""
+            found.append(Target(name, rows, width, group, products, lookups, split))
             _check(found[-1])
     order = {node.name: i for i, node in enumerate(model.graph.node)}
     return sorted(found, key=lambda t: min(order[node] for node in (*t.products, *t.lookups)))
+
+
+def _splits(model: onnx.ModelProto) -> dict[str, str]:
+    """For each node whose output a Split into halves alone reads, the name of that one."""
+    readers: dict[str, list[NodeProto]] = {}
+    for node in model.graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    return {
+        node.name: only.name
+        for node in model.graph.node
+        for only, *others in [readers.get(node.output[0], [node])]
+        if only.op_type == "Split" and not others and any(a.name == "num_outputs" and a.i == 2 for a in only.attribute)
+    }
 
 
 def find_matrices(model: onnx.ModelProto) -> list[str]:
@@ -130,6 +163,11 @@ def _weight_operand(node: NodeProto) -> str:
     return str(node.input[0]) if node.op_type == "Gather" else ""
 
 
+def arrays_of(target: Target, blocks: Blocks | Columns) -> dict[str, npt.NDArray[Any]]:
+    """What is stored of a quantized matrix, by role."""
+    return blocks.arrays(target.parts) if isinstance(blocks, Columns) else blocks.arrays()
+
+
 def rewrite(
     model: onnx.ModelProto,
     targets: list[Target],
@@ -156,7 +194,7 @@ def _rewritten(
     nodes: Iterable[NodeProto], targets: list[Target], roles: dict[str, dict[str, str]]
 ) -> Iterator[NodeProto]:
     """The nodes in their order, those of `targets` replaced; a weight's scales are widened before its first use."""
-    replaced = {node for t in targets for node in (*t.products, *t.lookups)}
+    replaced = {node for t in targets for node in t.nodes}
     made: dict[str, list[NodeProto]] = {}
     nodes = list(nodes)
     by_name = {node.name: node for node in nodes if node.name in replaced}
@@ -171,11 +209,9 @@ def _rewritten(
 def replacements(target: Target, roles: dict[str, str], nodes: Mapping[str, NodeProto]) -> dict[str, list[NodeProto]]:
     """What stands in for each node of `target`; what several of them read comes before the first.
     `roles` names the new initializers, `nodes` has the old nodes by name, in the graph's order."""
-    order = [name for name in nodes if name in (*target.products, *target.lookups)]
+    order = [name for name in nodes if name in target.nodes]
     if target.scheme.whole_rows:
-        made = {n: list(integer_products.product(nodes[n], roles["columns"], roles["scales"])) for n in order}
-        made[order[0]] = [*integer_products.unsigned(roles["columns"]), *made[order[0]]]
-        return made
+        return _integer_products(target, roles, {name: nodes[name] for name in order})
     product = _float_product if target.group.widen else _product
     made = {
         name: list(_lookup(nodes[name], target, roles))
@@ -185,6 +221,19 @@ def replacements(target: Target, roles: dict[str, str], nodes: Mapping[str, Node
     }
     shared = [*_widen_scales(target, roles), *(_widen_weights(target, roles) if target.group.widen else ())]
     made[order[0]] = [*shared, *made[order[0]]]
+    return made
+
+
+def _integer_products(
+    target: Target, roles: dict[str, str], nodes: Mapping[str, NodeProto]
+) -> dict[str, list[NodeProto]]:
+    columns = [roles[role] for role in target.roles if role.endswith("columns")]
+    made: dict[str, list[NodeProto]] = {name: [] for name in nodes}
+    for name in target.products:
+        outputs = nodes[target.split or name].output
+        made[name] += integer_products.product(nodes[name], roles, dict(zip(target.parts, outputs, strict=True)))
+    first = next(iter(nodes))
+    made[first] = [*(n for name in columns for n in integer_products.unsigned(name)), *made[first]]
     return made
 
 

@@ -19,7 +19,7 @@ from gptedge.bundle import PREFILL, PREFILL_DATA
 from gptedge.graph_io import LOGITS
 from gptedge.onnx_file import WeightFile
 from gptedge.quantize import integer_products
-from gptedge.quantize.integer_products import ROLES, Columns
+from gptedge.quantize.integer_products import Columns
 from gptedge.quantize.passes import Target, find_targets, replacements
 from gptedge.quantize.recipes import WHOLE_ROWS, Group, Recipe, Scheme
 from gptedge.quantize.smooth import smoothed
@@ -61,7 +61,7 @@ def write_prefill(
         own = sorted(smoothing.changed(targets) | vectors)
         made = [file.add(name, [smoothing.read(initializers[name])]) for name in own]
         for target in targets:
-            arrays = Columns.of(smoothing.read(initializers[target.weight])).arrays()
+            arrays = Columns.of(smoothing.read(initializers[target.weight])).arrays(target.parts)
             made += [file.add(_name(target, role), [array]) for role, array in arrays.items()]
     products = {node.name: node for node in source.graph.node}
     _replace(graph.graph, targets, products, {t.name: t for t in (*made, *integer_products.constants())})
@@ -91,7 +91,7 @@ def _replace(
     `made` initializers beside or in the place of others."""
     instead: dict[str, list[NodeProto]] = {}
     for target in targets:
-        instead |= replacements(target, {role: _name(target, role) for role in ROLES}, products)
+        instead |= replacements(target, {role: _name(target, role) for role in target.roles}, products)
     nodes = [new for node in graph.node for new in instead.get(node.name, [node])]
     kept = [t for t in graph.initializer if t.name not in made]
     del graph.node[:], graph.initializer[:]

@@ -48,7 +48,7 @@ from gptedge.quantize.calibration import Windows, own_windows, text_windows
 from gptedge.quantize.equalize import equalize
 from gptedge.quantize.integer_products import Columns
 from gptedge.quantize.kv_cache import CACHES, quantize_cache
-from gptedge.quantize.passes import Target, find_matrices, find_targets, rewrite
+from gptedge.quantize.passes import Target, arrays_of, find_matrices, find_targets, rewrite
 from gptedge.quantize.recipes import FLOAT_RECIPES, Recipe, find_recipe
 from gptedge.quantize.rounding import Blocks, quantize_matrix
 from gptedge.quantize.split_table import PARTS, split_tables
@@ -359,7 +359,8 @@ class _Job:
                 calibrator.put_in_place(target, blocks)
             done += rows.size
             self.report(done, total, "weights")
-            return _initializers(file, target.weight, blocks)
+            arrays = arrays_of(target, blocks)
+            return {role: file.add(f"{target.weight}.{role}", [array]) for role, array in arrays.items()}
 
         def keep(tensor: TensorProto) -> TensorProto:
             if tensor.data_location != TensorProto.EXTERNAL:
@@ -389,7 +390,3 @@ def _copy_graph(source: Path, folder: Path, *, changed: Mapping[str, npt.NDArray
             tensor.CopyFrom(made)
     save_graph(folder / GRAPH, model)
     return {}
-
-
-def _initializers(file: WeightFile, name: str, blocks: Blocks | Columns) -> dict[str, TensorProto]:
-    return {role: file.add(f"{name}.{role}", [array]) for role, array in blocks.arrays().items()}

@@ -19,6 +19,7 @@ from onnx import ModelProto, TensorProto
 
 from gptedge.bundle import GRAPH, OUTPUT_ERRORS, open_bundle
 from gptedge.onnx_file import load_graph, read_initializer
+from gptedge.quantize.integer_products import HALVES
 from gptedge.quantize.passes import plain_name
 from gptedge.quantize.recipes import Scheme
 from gptedge.quantize.rounding import ROLES, Blocks, FloatArray, dequantize
@@ -87,7 +88,7 @@ class _Quantized:
 
 
 class _Parts:
-    """A table in parts, one after the other."""
+    """A matrix in parts, one after the other."""
 
     def __init__(self, parts: Sequence[_Stored]) -> None:
         self._parts = parts
@@ -159,9 +160,9 @@ def _matrices(folder: Path) -> dict[str, _Stored]:
 
 
 def _joined(found: Mapping[str, _Stored]) -> dict[str, _Stored]:
-    """With tables that are stored in parts as wholes again."""
+    """With what is stored in parts as wholes again."""
     parts: dict[str, list[_Stored]] = {}
-    for name in PARTS:
+    for name in (*PARTS, *(part.removesuffix(".") for part in HALVES)):
         for key, stored in found.items():
             if key.endswith(f".weight.{name}"):
                 parts.setdefault(key.removesuffix(f".{name}"), []).append(stored)

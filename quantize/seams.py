@@ -111,10 +111,8 @@ class _Reader:
 
     def givers(self, value: str, width: int) -> Givers | None:
         """Rows that make the channels of `value`; None where dividing them would change something else."""
+        value = self._uncut(value)
         node = self._maker.get(value)
-        while node is not None and node.op_type == "Slice" and self._is_alone(value):
-            value = node.input[0]
-            node = self._maker.get(value)
         if node is None or not self._is_alone(value):
             return None
         if node.op_type in _NORM_WEIGHTS:
@@ -126,7 +124,14 @@ class _Reader:
         return self._values(node, width) if node.op_type == "GroupQueryAttention" else None
 
     def is_attention(self, value: str) -> bool:
+        value = self._uncut(value)
         return value in self._maker and self._maker[value].op_type == "GroupQueryAttention"
+
+    def _uncut(self, value: str) -> str:
+        """What `value` is some tokens of, where nothing else reads that."""
+        while value in self._maker and self._maker[value].op_type == "Slice" and self._is_alone(value):
+            value = self._maker[value].input[0]
+        return value
 
     def _gain(self, node: NodeProto, width: int) -> Givers | None:
         """A vector that multiplies what a part of a table reads (see split_table)."""

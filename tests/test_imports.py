@@ -59,19 +59,22 @@ export(Path({str(tiny_checkpoint)!r}), Path({str(tmp_path / "out")!r}))
     assert loaded_by(code) & set(HEAVY) == {"onnx", "onnxruntime"}
 
 
-def test_telemetry_is_off_before_onnxruntime_loads(tiny_bundle: Path) -> None:
+NAMES = ("ORT_DISABLE_TELEMETRY", "ORT_GQA_DISABLE_FLASH_ATTENTION")
+
+
+def test_telemetry_and_tiled_attention_are_off_before_onnxruntime_loads(tiny_bundle: Path) -> None:
     code = f"""
 import os, sys, gptedge
 class Watch:
     def find_spec(self, name, path=None, target=None):
         if name == "onnxruntime":
-            print("at import:", os.environ.get("ORT_DISABLE_TELEMETRY"))
+            print("at import:", *(os.environ.get(name) for name in {NAMES}))
 sys.meta_path.insert(0, Watch())
 gptedge.load({str(tiny_bundle)!r})
 """
-    environment = {k: v for k, v in os.environ.items() if k != "ORT_DISABLE_TELEMETRY"}
+    environment = {k: v for k, v in os.environ.items() if k not in NAMES}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
-    assert done.stdout == "at import: 1\n"
+    assert done.stdout == "at import: 1 1\n"
     assert done.stderr == ""
 
 

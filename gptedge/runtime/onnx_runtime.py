@@ -22,9 +22,19 @@ _PRODUCT = (
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
-def import_onnxruntime() -> ModuleType:
+_ENVIRONMENT = {
     # Its wheels send telemetry unless told otherwise before the import; an offline tool stays offline.
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    "ORT_DISABLE_TELEMETRY": "1",
+    # Attention in tiles takes up to twice as long as all scores at once, and is never faster (benchmarks/LOG.md). What
+    # tiles save in memory, `Session` saves by reading prompts in smaller pieces where texts are long.
+    "ORT_GQA_DISABLE_FLASH_ATTENTION": "1",
+}
+"""What onnxruntime reads; a value that is set already stays."""
+
+
+def import_onnxruntime() -> ModuleType:
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     try:
         with interrupts_held():
             import onnxruntime

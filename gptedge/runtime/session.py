@@ -49,7 +49,10 @@ from gptedge.runtime.signature import read_signature, shares_buffer
 from gptedge.runtime.threads import checked_threads, default_threads
 
 PREFILL_CHUNK = 256
-"""Tokens run at once while reading a prompt; bounds the memory that attention takes."""
+"""Tokens run at once while reading a prompt, or fewer; bounds the memory that attention takes."""
+_LEAST_CHUNK = 32
+_MOST_SCORES = 1 << 24
+"""Of attention's scores, [n_head, tokens run at once, tokens so far] in float32, above `_LEAST_CHUNK`: 67 MB."""
 PREFILL_AT_LEAST = 64
 """Tokens before a prompt's last from which on the graph for prompts reads them; fewer would not repay loading it."""
 _PREFILL_FILES = (PREFILL, PREFILL_DATA)
@@ -171,7 +174,12 @@ class Session:
         """
         with self.lock:
             graph = self._prompt_graph if len(ids) > PREFILL_AT_LEAST and not cache.adapter else None
-        logits, parts = None, _chunks(ids) if graph is None else [*_chunks(ids[:-1]), ids[-1:]]
+        past, n_head = len(cache), self.signature.n_head
+        logits, parts = (
+            None,
+            _pieces(ids, past, n_head) if graph is None else [*_pieces(ids[:-1], past, n_head), ids[-1:]],
+        )
+        cache.reserve(min(past + len(ids), self.context_length), self.context_length)  # once, not piece by piece
         for part in parts:
             if stop is not None and stop.is_set():
                 return None
@@ -234,7 +242,7 @@ class Session:
 
     def _one_by_one(self, ids: Sequence[int], cache: KVCache) -> Iterator[Logits]:
         for token in ids:
-            logits = self._rows([token, token], cache, 0, 1)[0]
+            logits = self._rows([token, token], cache, 0, 2)[0]
             cache.truncate(len(cache) - 1)
             yield logits
 
@@ -322,8 +330,15 @@ class _Closed:
         raise BundleError("this model has been closed; load it again")
 
 
-def _chunks(ids: Sequence[int]) -> list[Sequence[int]]:
-    return [ids[start : start + PREFILL_CHUNK] for start in range(0, len(ids), PREFILL_CHUNK)]
+def _pieces(ids: Sequence[int], past: int, n_head: int) -> list[Sequence[int]]:
+    """A prompt behind `past` tokens, cut into what is run at once."""
+    pieces, start = [], 0
+    while start < len(ids):
+        fitting = _MOST_SCORES // (n_head * (past + start + PREFILL_CHUNK))
+        size = min(PREFILL_CHUNK, max(_LEAST_CHUNK, fitting // _LEAST_CHUNK * _LEAST_CHUNK))
+        pieces.append(ids[start : start + size])
+        start += size
+    return pieces
 
 
 def _verify_small_files(bundle: Bundle) -> dict[str, list[str]]:

@@ -48,6 +48,8 @@ _N_EMBD = ("hidden_size", "n_embd", "d_model")
 @dataclass(frozen=True)
 class Signature:
     n_layer: int
+    n_head: int
+    """Query heads; 1 where no configuration says how many."""
     cache: CacheLayout
     vocab_size: int
     logits_dtype: npt.DTypeLike
@@ -73,6 +75,7 @@ def read_signature(bundle: Bundle, session: Any, device: str) -> Signature:
     sizes = _sizes(bundle)
     return Signature(
         n_layer=n_layer,
+        n_head=_first(sizes, _N_HEAD) or 1,
         cache=CacheLayout(
             shapes=tuple((_dim(p, 1, sizes, _N_KV_HEAD, bundle), _dim(p, 3, sizes, _HEAD_DIM, bundle)) for p in past),
             dtype=_CACHE_DTYPES[past[0].type],

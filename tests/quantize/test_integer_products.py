@@ -13,10 +13,12 @@ from onnx import TensorProto, helper
 
 from gptedge.bundle import GRAPH, GRAPH_DATA, open_bundle, signed
 from gptedge.errors import DataError
-from gptedge.onnx_file import IR_VERSION, OPSETS, load_graph
+from gptedge.onnx_file import IR_VERSION, MICROSOFT, OPSETS, load_graph
 from gptedge.quantize import integer_products
 from gptedge.quantize.integer_products import Columns
+from gptedge.quantize.passes import Target, arrays_of, find_targets, rewrite
 from gptedge.quantize.quantizer import quantize
+from gptedge.quantize.recipes import WHOLE_ROWS, Group, Recipe, Scheme
 from gptedge.quantize.smooth import least_noise
 from gptedge.quantize.walk import Walk
 from gptedge.runtime import onnx_runtime
@@ -33,7 +35,7 @@ def made(weight: npt.NDArray[np.float32], folder: Path) -> list[Run]:
     node = helper.make_node("FusedMatMul", ["x", "w"], ["y"], name="p", transB=1)
     values = Columns.of(weight).arrays()
     graph = helper.make_graph(
-        [*integer_products.unsigned("columns"), *integer_products.product(node, "columns", "scales")],
+        [*integer_products.unsigned("columns"), *integer_products.product(node, {n: n for n in values}, {"": "y"})],
         "product",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, None, weight.shape[1]])],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
@@ -171,3 +173,73 @@ def test_activations_that_are_not_finite(
     with pytest.raises(DataError, match=r"reach blocks\.0\.attn\.qkv are not finite on the calibration text"):
         quantize(tiny_bundle, tmp_path / "out", recipe=recipe, calibration=tmp_path / "text.txt", threads=1)
     assert [f.name for f in tmp_path.iterdir()] == ["text.txt"]
+
+
+def float_mlp(width: int, hidden: int, activation: str) -> onnx.ModelProto:
+    """x [B, T, width] -> down(act(gate(x)) * up(x)), as decoders are exported."""
+    rng = np.random.default_rng(3)
+    shapes = {"mlp.gate_up.weight": (2 * hidden, width), "mlp.down.weight": (width, hidden)}
+    tensors = [onnx.numpy_helper.from_array(rng.standard_normal(s).astype(np.float32), n) for n, s in shapes.items()]
+    nodes = [
+        helper.make_node(
+            "FusedMatMul", ["x", "mlp.gate_up.weight"], ["both"], "mlp.gate_up", domain=MICROSOFT, transB=1
+        ),
+        helper.make_node("Split", ["both"], ["gate", "up"], "split", axis=-1, num_outputs=2),
+        helper.make_node(activation, ["gate"], ["active"], "act"),
+        helper.make_node("Mul", ["active", "up"], ["gated"], "gated"),
+        helper.make_node("FusedMatMul", ["gated", "mlp.down.weight"], ["y"], "mlp.down", domain=MICROSOFT, transB=1),
+    ]
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, None, width])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [None, None, width])
+    graph = helper.make_graph(nodes, "mlp", [x], [y], tensors)
+    return helper.make_model(graph, opset_imports=OPSETS, ir_version=IR_VERSION)
+
+
+def quantized_mlp(model: onnx.ModelProto, matches: str) -> onnx.ModelProto:
+    recipe = Recipe("rows", (Group(matches, Scheme(8, WHOLE_ROWS, symmetric=True, steps=1)),))
+    made = onnx.ModelProto()
+    made.CopyFrom(model)
+    values = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
+
+    def store(target: Target) -> dict[str, TensorProto]:
+        arrays = arrays_of(target, Columns.of(values[target.weight]))
+        return {r: onnx.numpy_helper.from_array(a, f"{target.weight}.{r}") for r, a in arrays.items()}
+
+    rewrite(made, find_targets(made, recipe), store, lambda tensor: tensor)
+    return made
+
+
+def outputs(path: Path, x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    session = import_onnxruntime().InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return np.asarray(session.run(None, {"x": x})[0])
+
+
+@pytest.mark.parametrize("activation", ["Relu", "Tanh"])
+def test_gate_and_up_are_products_of_their_own(activation: str, tmp_path: Path) -> None:
+    """Nothing is split, up's factor is multiplied in behind down, and the numbers are as without either."""
+    x = np.random.default_rng(5).standard_normal((2, 5, 32)).astype(np.float32) / 8
+    x[0, 1] = 0
+    model = float_mlp(32, 48, activation)
+    onnx.save(model, tmp_path / "float.onnx")
+    made = quantized_mlp(model, "*")
+    onnx.save(made, tmp_path / "plain.onnx")
+    integer_products.save(tmp_path / GRAPH, made)
+    kinds = [node.op_type for node in made.graph.node]
+    assert kinds.count("MatMulIntegerToFloat") == 3
+    assert "Split" not in kinds
+    makers = {output: node for node in made.graph.node for output in node.output}
+    assert makers[makers["gated"].input[1]].op_type == "MatMulIntegerToFloat"
+    got, plain, wanted = (outputs(tmp_path / name, x) for name in (GRAPH, "plain.onnx", "float.onnx"))
+    np.testing.assert_allclose(got, plain, rtol=1e-4, atol=0.02 * wanted.std())
+    assert np.abs(got - wanted).max() < 0.15 * wanted.std()
+    assert not got[0, 1].any()
+
+
+@pytest.mark.parametrize("matches", ["*.gate_up.weight", "*.down.weight"])
+def test_either_of_them_may_stay_as_it_is(matches: str, tmp_path: Path) -> None:
+    x = np.random.default_rng(5).standard_normal((1, 6, 32)).astype(np.float32)
+    model = float_mlp(32, 48, "Relu")
+    onnx.save(model, tmp_path / "float.onnx")
+    integer_products.save(tmp_path / GRAPH, quantized_mlp(model, matches))
+    got, wanted = outputs(tmp_path / GRAPH, x), outputs(tmp_path / "float.onnx", x)
+    assert np.abs(got - wanted).max() < 0.15 * wanted.std()

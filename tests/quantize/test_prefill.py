@@ -77,6 +77,17 @@ def test_keys_and_values_are_those_of_the_float_graph(tiny_bundle: Path, prompte
     assert "int4" not in prompted.name or error(own) > 2 * error(fast)
 
 
+def test_values_keep_their_channels(prompted: Path) -> None:
+    """Both graphs fill one cache: smoothing the prompts' graph must not move factors into what it holds."""
+    session = Session(open_bundle(prompted), threads=1)
+    ids, own, fast = random_ids(session, LONG), session.new_cache(), session.new_cache()
+    session.run(ids, own)
+    session.prefill(ids, fast)
+    got, wanted = contents(fast)[:, :-1], contents(own)[:, :-1]
+    factors = (got * wanted).sum(1) / np.square(wanted).sum(1)
+    assert np.abs(factors - 1).max() < (0.25 if "int4" in prompted.name else 0.03)
+
+
 def test_when_it_is_used(prompted: Path) -> None:
     """From a length on that is the same each time; a short prompt never opens the second graph."""
     session = Session(open_bundle(prompted), threads=1)
@@ -177,7 +188,7 @@ def test_a_graph_of_integer_products_needs_none(tiny_bundle: Path, text: Path, t
     assert "prefill" not in (open_bundle(alone.bundle).manifest or {})
     assert not list(alone.bundle.glob("prefill*"))
     small = make(tmp_path / "kv", kv="int8")
-    assert 0 < small.prefill_mb < 0.2 * small.size_mb
+    assert 0 < small.prefill_mb < 0.25 * small.size_mb  # graphs alone
     assert sorted(f.name for f in small.bundle.glob("prefill*")) == [PREFILL, signed(PREFILL)]
     session = Session(open_bundle(small.bundle), threads=1)
     ids = random_ids(session, LONG)

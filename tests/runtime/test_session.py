@@ -13,6 +13,10 @@ import pytest
 
 from gptedge.bundle import CONFIG, GENAI_CONFIG, GRAPH, GRAPH_DATA, MANIFEST, open_bundle, verify
 from gptedge.errors import BundleError, ContextOverflowError, UsageError
+from gptedge.graph_io import FIRST_LOGIT
+from gptedge.onnx_file import load_graph
+from gptedge.runtime import session as session_module
+from gptedge.runtime.kv_cache import KVCache, room_for
 from gptedge.runtime.onnx_runtime import choose_provider
 from gptedge.runtime.session import Session
 
@@ -40,6 +44,53 @@ def test_cache_grows_without_changing_what_follows(session: Session) -> None:
     rows = [session.run(ids[i : i + 29], cache, every_row=True) for i in range(0, 290, 29)]
     assert len(cache) == 290
     np.testing.assert_allclose(np.concatenate(rows), whole, atol=2e-5 * whole.std())
+
+
+def test_behind_the_last_attention_only_wanted_tokens_are_run(tiny_bundle: Path) -> None:
+    """So the last token's logits are what they are among all, and a prompt's other tokens cost nothing there."""
+    opened = Session(open_bundle(tiny_bundle), threads=1)
+    ids = ids_of(70)
+    every = opened.run(ids, opened.new_cache(), every_row=True)
+    np.testing.assert_allclose(opened.run(ids, opened.new_cache()), every[-1:], atol=2e-5 * every.std())
+    np.testing.assert_allclose(opened._rows(ids, opened.new_cache(), 20, 25), every[20:25], atol=2e-5 * every.std())
+    graph = load_graph(tiny_bundle / GRAPH).graph
+    cut = [node.name for node in graph.node if FIRST_LOGIT in node.input]
+    behind = [node.name for node in graph.node].index(cut[-1])
+    assert len(cut) == 2
+    assert [n.op_type for n in graph.node[behind:]].count("FusedMatMul") >= 3
+
+
+def test_long_texts_are_read_in_smaller_pieces(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All scores are there at once: n_head * tokens of a piece * tokens so far stay below a bound."""
+    opened = Session(open_bundle(tiny_bundle), threads=1)
+    n_head = opened.signature.n_head
+    assert [len(p) for p in session_module._pieces(range(1000), 0, n_head)] == [256, 256, 256, 232]
+    ids, least = ids_of(290), session_module._LEAST_CHUNK
+    whole = opened.prefill(ids, opened.new_cache())
+    monkeypatch.setattr(session_module, "_MOST_SCORES", n_head * 64 * 900)
+    for past, length in ((0, 1000), (500, 3000)):
+        sizes = [len(p) for p in session_module._pieces(range(length), past, n_head)]
+        assert sum(sizes) == length
+        assert all(n <= least or n * (past + end) <= 64 * 900 for n, end in zip(sizes, np.cumsum(sizes), strict=True))
+    assert sizes[:2] == [64, 64]
+    assert sizes[-2] == least
+    monkeypatch.setattr(session_module, "_MOST_SCORES", 0)
+    again = opened.prefill(ids, opened.new_cache())
+    assert whole is not None
+    assert again is not None
+    np.testing.assert_allclose(again, whole, atol=1e-4 * whole.std())
+
+
+def test_a_prompt_makes_room_once(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = Session(open_bundle(tiny_bundle), threads=1)
+    cache, resize, made = opened.new_cache(), KVCache._resize, list[int]()
+    monkeypatch.setattr(KVCache, "_resize", lambda self, n, *a: (made.append(n), resize(self, n, *a)))
+    monkeypatch.setattr(session_module, "PREFILL_CHUNK", 32)
+    opened.prefill(ids_of(280), cache)
+    opened.run([1], cache)
+    assert made == [room_for(280, opened.context_length)]
+    assert room_for(5000, 5100) == 5100
+    assert room_for(8000, 1 << 20) == 10_000
 
 
 def test_truncated_cache_continues_as_if_the_rest_never_was(session: Session) -> None:

@@ -83,6 +83,7 @@ class FakeSession(Session):
         self.bundle = bundle
         self.lock = threading.Lock()
         self.signature: Any = SimpleNamespace(
+            n_head=1,
             cache=CacheLayout(shapes=(), dtype=np.float32, shared=True),
             logits_dtype=np.float32,
             takes_positions=False,
