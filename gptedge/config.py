@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from gptedge.errors import UsageError
 
@@ -184,6 +184,9 @@ class SamplingParams:
     """Generation ends before any of these strings appears; it is not part of the text."""
     logprobs: int | None = None
     """None: no log-probabilities. N: those of each chosen token and of the N likeliest alternatives."""
+    schema: Mapping[str, Any] | bool | None = None
+    """The reply is a JSON text of a value that this JSON Schema allows, as far as `max_tokens` lets it come to its end;
+    see gptedge.grammar.json_schema for what is supported. None: any text."""
     context_overflow: str = "error"
     """When the context is full: `error` refuses a prompt, and ends a reply as `length`; `shift` leaves out the oldest
     turns of a chat, its system message aside, or the oldest tokens of a plain text, and says how many."""
@@ -203,6 +206,8 @@ class SamplingParams:
         if self.context_overflow not in CONTEXT_OVERFLOW:
             known = " or ".join(CONTEXT_OVERFLOW)
             raise UsageError(f"context_overflow is {self.context_overflow!r}; it must be {known}")
+        if self.schema is not None and not isinstance(self.schema, (Mapping, bool)):
+            raise UsageError(f"schema is {repr(self.schema)[:60]}; it must be a JSON Schema: an object, true or false")
         if not isinstance(self.logit_bias, Mapping):
             raise UsageError(f"logit_bias is {self.logit_bias!r}; it must map token ids to numbers")
         for token, bias in self.logit_bias.items():

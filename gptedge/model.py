@@ -21,7 +21,7 @@ from gptedge.loading import likely_long, load
 from gptedge.runtime.adapter import Adapter
 from gptedge.runtime.batch import BATCH_SIZE, generate_batch
 from gptedge.runtime.context import PlainText, Shortener, Window
-from gptedge.runtime.generate import Chunks, Result, Stream, chunks
+from gptedge.runtime.generate import Chunks, Result, Stream, chunks, constraint_of
 from gptedge.runtime.prefixes import Prefixes
 from gptedge.runtime.sampling import check_bias
 from gptedge.runtime.session import Session
@@ -167,9 +167,10 @@ class Model:
 
         With context_overflow "shift", `shortener` says what goes where it does not fit; without one, the oldest tokens
         do. Raises ContextOverflowError when no room is left for a token of the reply, UsageError where ids, or those of
-        logit_bias, are not the vocabulary's.
+        logit_bias, are not the vocabulary's, or where no reply can follow the schema.
         """
         check_bias(params, self.session.vocab_size)
+        constraint_of(params, self.tokenizer, self.bundle.eos_ids)
         try:
             ids = [index(i) for i in ids]
         except TypeError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -31,6 +32,7 @@ from gptedge.cli.common import (
 )
 from gptedge.config import SamplingParams
 from gptedge.errors import UsageError
+from gptedge.text import read_text
 
 if TYPE_CHECKING:
     from gptedge.runtime.generate import Stream
@@ -54,6 +56,9 @@ def command(
     frequency_penalty: FrequencyPenalty = _D.frequency_penalty,
     seed: Seed = _D.seed,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")] = None,
+    schema: Annotated[
+        Path | None, typer.Option(help="A JSON Schema: the reply is a JSON text of a value that it allows.")
+    ] = None,
     adapter: AdapterOption = None,
     context_overflow: ContextOverflow = _D.context_overflow,
     chat: Annotated[
@@ -81,6 +86,7 @@ def command(
         frequency_penalty=frequency_penalty,
         seed=seed,
         stop=tuple(stop or ()),
+        schema=None if schema is None else read_schema(schema),
         context_overflow=context_overflow,
     )
     if system is not None and not chat:
@@ -96,6 +102,16 @@ def command(
         stream = model.chat(system=system).stream(text, **vars(params)) if chat else model.stream(text, params)
         _print_json(stream, load_ms, model.session.provider) if as_json else _print_text(stream)
         say_dropped(stream.result.usage.dropped_tokens)
+
+
+def read_schema(path: Path) -> Any:
+    """A JSON Schema; what it says is checked once the model is there. Raises UsageError for a file that is no JSON."""
+    import json
+
+    try:
+        return json.loads(read_text(path))
+    except (ValueError, RecursionError) as e:
+        raise UsageError(f"the schema {path} is not JSON: {e}") from None
 
 
 def _print_text(stream: Stream) -> None:

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from gptedge.config import SamplingParams
 from gptedge.runtime.adapter import Adapter
 from gptedge.runtime.context import Window
-from gptedge.runtime.generate import Chunk, Clock, FinishReason, Result, Usage, Writer, chunks, join
+from gptedge.runtime.generate import Chunk, Clock, FinishReason, Result, Usage, Writer, chunks, constraint_of, join
 from gptedge.runtime.kv_cache import KVCache, room_for
 from gptedge.runtime.sampling import Logits, Sampler, logprob_of
 from gptedge.runtime.session import Session
@@ -102,8 +102,9 @@ class _Text:
         cancelled: threading.Event,
     ) -> None:
         self._session, self._window, self._params, self._cancelled = session, window, params, cancelled
-        self._sampler = Sampler(params, window.ids, session.vocab_size)
-        self._writer = Writer(tokenizer, params, session.bundle.eos_ids)
+        constraint = constraint_of(params, tokenizer, session.bundle.eos_ids)
+        self._sampler = Sampler(params, window.ids, session.vocab_size, constraint)
+        self._writer = Writer(tokenizer, params, session.bundle.eos_ids, constraint)
         self._chunks: list[Chunk] = []
         self._room = 0
         self._rows: Rows

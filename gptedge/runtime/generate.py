@@ -19,7 +19,7 @@ from gptedge.config import SamplingParams
 from gptedge.errors import GptEdgeError, UsageError
 from gptedge.runtime.context import Window
 from gptedge.runtime.kv_cache import KVCache
-from gptedge.runtime.sampling import Sampler, TokenLogprob, logprob_of
+from gptedge.runtime.sampling import Constraint, Sampler, TokenLogprob, logprob_of
 from gptedge.runtime.session import Session
 from gptedge.runtime.speculate import PromptLookup
 from gptedge.tokenizer import Tokenizer
@@ -174,10 +174,14 @@ class _StopStrings:
 
 
 def _steps_within(
-    session: Session, cache: KVCache, window: Window, params: SamplingParams, cancelled: threading.Event
+    session: Session,
+    cache: KVCache,
+    window: Window,
+    params: SamplingParams,
+    cancelled: threading.Event,
+    sampler: Sampler,
 ) -> Iterator[tuple[int, TokenLogprob | None]]:
     """`steps` that go on, where the window can be shifted, when the context is full."""
-    sampler = Sampler(params, window.ids, session.vocab_size)
     generated: list[int] = []
     while params.max_tokens:
         part = replace(params, max_tokens=min(params.max_tokens - len(generated), window.room))
@@ -203,8 +207,10 @@ def chunks(
     """
     # The last prompt token is always run: its logits are not kept in the cache.
     clock = Clock(len(window.ids), cached_tokens=cache.keep_common_prefix(window.ids[:-1]))
-    writer = Writer(tokenizer, params, session.bundle.eos_ids)
-    for token, logprob in _steps_within(session, cache, window, params, cancelled):
+    constraint = constraint_of(params, tokenizer, session.bundle.eos_ids)
+    sampler = Sampler(params, window.ids, session.vocab_size, constraint)
+    writer = Writer(tokenizer, params, session.bundle.eos_ids, constraint)
+    for token, logprob in _steps_within(session, cache, window, params, cancelled, sampler):
         clock.tick()
         yield writer.write(token, logprob)
         if writer.stopped:
@@ -214,17 +220,33 @@ def chunks(
     yield writer.end("cancelled" if was_cut else "length", usage, clock.timings())
 
 
+def constraint_of(params: SamplingParams, tokenizer: Tokenizer, eos_ids: Collection[int]) -> Constraint | None:
+    """What keeps a reply within the schema, where there is one. Raises UsageError for a schema that cannot be used."""
+    if params.schema is None:
+        return None
+    from gptedge.grammar.constraint import TokenConstraint, grammar_of
+
+    return TokenConstraint(grammar_of(params.schema, tokenizer), eos_ids)
+
+
 class Writer:
     """Turns the tokens of one reply into chunks of text, and notices where it ends."""
 
-    def __init__(self, tokenizer: Tokenizer, params: SamplingParams, eos_ids: Collection[int]) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        params: SamplingParams,
+        eos_ids: Collection[int],
+        constraint: Constraint | None = None,
+    ) -> None:
         self._decoder, self._stops, self._eos_ids = tokenizer.decode_stream(), _StopStrings(params.stop), eos_ids
+        self._constraint = constraint
         self.stopped = False
-        """The last token ended the text, or completed a stop string."""
+        """The last token ended the text, completed a stop string, or made whole what nothing may follow."""
 
     def write(self, token: int, logprob: TokenLogprob | None) -> Chunk:
         text, met = self._stops.feed(self._decoder.step(token))
-        self.stopped = met or token in self._eos_ids
+        self.stopped = met or token in self._eos_ids or (self._constraint is not None and self._constraint.is_whole)
         return Chunk(text, (token,), None if logprob is None else (logprob,))
 
     def end(self, reason: FinishReason, usage: Usage, timings: Timings) -> Chunk:

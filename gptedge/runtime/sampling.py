@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +36,19 @@ class TokenLogprob:
     """The likeliest tokens and their log-probabilities, likeliest first."""
 
 
+class Constraint(Protocol):
+    """What keeps a reply within a language (see grammar.constraint)."""
+
+    @property
+    def is_whole(self) -> bool: ...
+
+    def allows(self, token: int) -> bool: ...
+
+    def limit(self, logits: Logits) -> Logits: ...
+
+    def take(self, token: int) -> None: ...
+
+
 def check_bias(params: SamplingParams, vocab_size: int) -> None:
     """Raise UsageError where a bias is for a token that there is not."""
     if unknown := next((i for i in params.logit_bias if i >= vocab_size), None):
@@ -44,8 +58,10 @@ def check_bias(params: SamplingParams, vocab_size: int) -> None:
 class Sampler:
     """Draws tokens for one generation: remembers its random state and what has been generated."""
 
-    def __init__(self, params: SamplingParams, prompt: Sequence[int], vocab_size: int) -> None:
-        self._params = params
+    def __init__(
+        self, params: SamplingParams, prompt: Sequence[int], vocab_size: int, constraint: Constraint | None = None
+    ) -> None:
+        self._params, self._constraint = params, constraint
         self._random = np.random.default_rng(params.seed)
         self._seen = np.zeros(vocab_size, bool)
         self._seen[np.asarray(prompt, np.int64)] = True
@@ -57,10 +73,21 @@ class Sampler:
     def choose(self, logits: Logits) -> int:
         """The next token's id, from logits [vocab_size]."""
         logits = self._penalise(logits)
-        chosen = int(logits.argmax()) if self._params.temperature < _COLDEST else self._draw(logits)
+        chosen = self._likeliest(logits) if self._params.temperature < _COLDEST else self._draw(self._limit(logits))
+        if self._constraint:
+            self._constraint.take(chosen)
         self._seen[chosen] = True
         self._counts[chosen] += 1
         return chosen
+
+    def _likeliest(self, logits: Logits) -> int:
+        chosen = int(logits.argmax())
+        if self._constraint and not self._constraint.allows(chosen):  # as a rule it does, which is soon seen
+            return int(self._limit(logits).argmax())
+        return chosen
+
+    def _limit(self, logits: Logits) -> Logits:
+        return self._constraint.limit(logits) if self._constraint else logits
 
     def _penalise(self, logits: Logits) -> Logits:
         """Repetition, presence and frequency penalties, then biases; the caller's array is left alone."""

@@ -14,6 +14,8 @@ from typing import Any
 
 from gptedge.config import SamplingParams
 from gptedge.errors import UsageError
+from gptedge.grammar.json_schema import schema_term
+from gptedge.grammar.terms import Terms
 from gptedge.serve.errors import ApiError, invalid
 from gptedge.serve.settings import MAX_STOP_STRINGS, MAX_TOP_LOGPROBS
 
@@ -37,7 +39,7 @@ class Job:
 def parse_chat(body: Body, vocab_size: int) -> Job:
     """A body of /v1/chat/completions. Raises ApiError naming the parameter that cannot be taken."""
     _check_names(body, {*_SAMPLING, *_OTHER, *_CHAT_ONLY})
-    changes = _sampling(body, vocab_size) | _chat_logprobs(body)
+    changes = _sampling(body, vocab_size) | _chat_logprobs(body) | _response_format(body)
     stream, include_usage = _streaming(body)
     messages = _messages(body.get("messages"))
     return Job(messages=messages, params=SamplingParams(**changes), stream=stream, include_usage=include_usage)
@@ -126,7 +128,6 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "audio": (),
     "web_search_options": (),
@@ -172,6 +173,30 @@ def _chat_logprobs(body: Body) -> dict[str, Any]:
             raise invalid("top_logprobs needs logprobs to be true", "top_logprobs")
         return {}
     return {"logprobs": _n_logprobs(0 if top is None else top, "top_logprobs")}
+
+
+_FORMATS = ("text", "json_object", "json_schema")
+
+
+def _response_format(body: Body) -> dict[str, Any]:
+    """A schema that the reply follows. `strict` makes no difference: what cannot be kept is refused."""
+    name = "response_format"
+    value = body.get(name)
+    if value is None:
+        return {}
+    kind = value.get("type") if isinstance(value, dict) else None
+    if kind not in _FORMATS:
+        raise invalid(f"{name} is {_shown(value)}; its type must be one of {', '.join(_FORMATS)}", name)
+    if kind != "json_schema":
+        return {} if kind == "text" else {"schema": {"type": "object"}}
+    described = value.get("json_schema")
+    if not isinstance(described, dict) or not isinstance(described.get("schema"), dict):
+        raise invalid(f"{name}.json_schema must be an object with a schema", f"{name}.json_schema")
+    try:
+        schema_term(Terms(), described["schema"])
+    except UsageError as e:
+        raise invalid(str(e), f"{name}.json_schema.schema") from None
+    return {"schema": described["schema"]}
 
 
 def _completion_logprobs(body: Body) -> dict[str, Any]:

@@ -43,6 +43,17 @@ def test_half_precision_halves_the_weights(
         assert f"{TOLERANCE['fp16']:g}" in Path(__file__).parents[2].joinpath(readme).read_text(encoding="utf-8")
 
 
+def test_a_reply_follows_a_schema(capsys: pytest.CaptureFixture[str], tiny_bundle: Path, tmp_path: Path) -> None:
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "array", "items": {"enum": ["yes", "no"]}, "minItems": 2, "maxItems": 2}')
+    got = run_json(capsys, "generate", tiny_bundle, "The", "--schema", schema, "--temperature", "1", "--seed", "4")
+    assert got["finish_reason"] == "stop"
+    assert {*json.loads(got["text"])} <= {"yes", "no"}
+    schema.write_text('{"items": {"uniqueItems": true}}')
+    code, _, err = run(capsys, "generate", tiny_bundle, "The", "--schema", schema)
+    assert (code, err) == (2, "gptedge: schema: #/items has uniqueItems, which is not supported\n")
+
+
 def test_quantize_eval_and_gates(
     capsys: pytest.CaptureFixture[str], tiny_bundle: Path, text_file: Path, tmp_path: Path
 ) -> None:

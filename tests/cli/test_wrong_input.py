@@ -219,6 +219,8 @@ def test_wrong_numbers_are_found_by_verification(
         (["generate", "{bundle}", "hi", "--temperature", "-1"], 2, "temperature is -1.0"),
         (["generate", "{bundle}", "hi", "--max-tokens", "many"], 2, "many"),
         (["generate", "{bundle}", "hi", "--system", "x"], 2, "--system needs --chat"),
+        (["generate", "{bundle}", "hi", "--schema", "{short}"], 2, "is not JSON"),
+        (["generate", "{bundle}", "hi", "--schema", "nowhere.json"], 1, "nowhere.json cannot be read"),
         (["generate", "nowhere", "hi"], 1, "nowhere does not exist"),
         (["generate", "{checkpoint}", "hi"], 1, "run gptedge export first"),
         (["generate", "{bundle}", "hi", "--threads", "3000"], 2, "threads is 3000"),

@@ -16,7 +16,15 @@ HELLO = [{"role": "user", "content": "a"}]
 BAD_CHAT: list[tuple[dict[str, Any], str, str, str | None]] = [
     ({"n": 2}, "n", "n is 2; this server takes only 1", "unsupported_parameter"),
     ({"tools": [{"type": "function"}]}, "tools", "tools is", "unsupported_parameter"),
-    ({"response_format": {"type": "json_object"}}, "response_format", "json_object", "unsupported_parameter"),
+    ({"response_format": {"type": "xml"}}, "response_format", "text, json_object, json_schema", None),
+    ({"response_format": "json"}, "response_format", "text, json_object, json_schema", None),
+    ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "an object with a schema", None),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "strin"}}}},
+        "response_format.json_schema.schema",
+        "known are object",
+        None,
+    ),
     ({"audio": {"voice": "x"}}, "audio", "takes only null", "unsupported_parameter"),
     ({"repeat_penalty": 1.1}, "repeat_penalty", "did you mean repetition_penalty?", "unknown_parameter"),
     ({"echo": True}, "echo", "not a parameter of this route", "unknown_parameter"),

@@ -1,0 +1,66 @@
+"""`response_format`, by OpenAI's own client and a real model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import openai
+import pytest
+
+import gptedge
+from gptedge.serve.settings import ServerSettings
+from tests.serve.conftest import Running
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"ok": {"type": "boolean"}, "n": {"type": "integer", "minimum": 1, "maximum": 9}},
+    "required": ["ok", "n"],
+    "additionalProperties": False,
+}
+FORMAT: Any = {"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA, "strict": True}}
+MESSAGES: Any = [{"role": "user", "content": "over the lazy dog"}]
+
+
+@pytest.fixture(scope="module")
+def client(adapted: Path) -> Iterator[openai.OpenAI]:
+    with gptedge.load(adapted / "bundle", threads=1) as model:
+        running = Running(model, ServerSettings()).start()
+        with openai.OpenAI(base_url=f"{running.url}/v1", api_key="any", max_retries=0) as made:
+            yield made
+        running.client.close()
+        running.stop()
+
+
+def test_a_schema_is_followed(client: openai.OpenAI) -> None:
+    for seed in range(5):
+        answer = client.chat.completions.create(
+            model="bundle", messages=MESSAGES, response_format=FORMAT, temperature=1.0, seed=seed
+        )
+        assert answer.choices[0].finish_reason == "stop"
+        jsonschema.validate(json.loads(answer.choices[0].message.content or ""), SCHEMA)
+
+
+def test_a_stream_follows_it(client: openai.OpenAI) -> None:
+    chunks = client.chat.completions.create(
+        model="bundle", messages=MESSAGES, response_format=FORMAT, temperature=1.0, seed=1, stream=True
+    )
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    jsonschema.validate(json.loads(text), SCHEMA)
+
+
+def test_any_object(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model="bundle", messages=MESSAGES, response_format={"type": "json_object"}, max_tokens=5
+    )
+    assert (answer.choices[0].message.content or "").lstrip().startswith("{")
+
+
+def test_what_cannot_be_followed_names_the_place(client: openai.OpenAI) -> None:
+    bad: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"items": {"not": {}}}}}
+    with pytest.raises(openai.BadRequestError, match="#/items has not") as error:
+        client.chat.completions.create(model="bundle", messages=MESSAGES, response_format=bad)
+    assert error.value.param == "response_format.json_schema.schema"
