@@ -56,7 +56,11 @@ class TokenizerError(GptEdgeError):
 
 
 class ContextOverflowError(GptEdgeError):
-    pass
+    """`advice` is for who may change settings, which whoever sent the prompt may not."""
+
+    def __init__(self, problem: str, advice: str = "") -> None:
+        super().__init__(problem + advice)
+        self.problem = problem
 
 
 class DownloadError(GptEdgeError):

@@ -190,7 +190,8 @@ class Model:
             or_shift = ", or let the oldest go with context_overflow shift" if can_shift else ""
             raise ContextOverflowError(
                 f"the prompt has {len(ids)} tokens and the model's context holds {self.context_length}, "
-                f"the reply included; shorten the prompt{or_shift}"
+                "the reply included; shorten the prompt",
+                or_shift,
             )
         return window
 

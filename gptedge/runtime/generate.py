@@ -80,6 +80,8 @@ class Clock:
     start: float = field(default_factory=time.perf_counter)
     first: float = 0.0
     generated: int = 0
+    waited: float = 0.0
+    """Since the first token, while nobody asked for the next."""
 
     def tick(self) -> None:
         if not self.generated:
@@ -89,7 +91,8 @@ class Clock:
     def timings(self) -> Timings:
         now = time.perf_counter()
         first = self.first or now
-        prefill, decode, run = first - self.start, now - first, self.prompt_tokens - self.cached_tokens
+        prefill, decode = first - self.start, now - first - self.waited
+        run = self.prompt_tokens - self.cached_tokens
         return Timings(
             ttft_ms=round(prefill * 1000, 2),
             prefill_tokens_per_s=round(run / prefill, 2) if self.generated and prefill else 0.0,
@@ -212,7 +215,9 @@ def chunks(
     writer = Writer(tokenizer, params, session.bundle.eos_ids, constraint)
     for token, logprob in _steps_within(session, cache, window, params, cancelled, sampler):
         clock.tick()
-        yield writer.write(token, logprob)
+        chunk, given = writer.write(token, logprob), time.perf_counter()
+        yield chunk
+        clock.waited += time.perf_counter() - given
         if writer.stopped:
             break
     was_cut = cancelled.is_set() and clock.generated < params.max_tokens

@@ -52,7 +52,7 @@ def closing() -> ApiError:
 def about_prompt(error: GptEdgeError, param: str) -> ApiError:
     """What the model said of a prompt that it cannot take."""
     if isinstance(error, ContextOverflowError):
-        return invalid(str(error), param, "context_length_exceeded")
+        return invalid(error.problem, param, "context_length_exceeded")
     if isinstance(error, (UsageError, DataError, TokenizerError)):
         return invalid(str(error), param)
     return failed(error)

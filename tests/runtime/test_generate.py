@@ -347,3 +347,10 @@ def test_quantized_bundles_stay_close(quantized_bundle: Path, model: gptedge.Mod
     rounded = small.session.run(ids, small.session.new_cache(), every_row=True)
     correlation = np.corrcoef(exact.ravel(), rounded.ravel())[0, 1]
     assert correlation > (0.995 if "int8" in quantized_bundle.name else 0.9)
+
+
+def test_a_readers_pauses_are_no_part_of_the_speed(model: gptedge.Model) -> None:
+    with model.stream("The", max_tokens=8) as stream:
+        for _ in stream:
+            time.sleep(0.1)
+    assert stream.result.timings.decode_tokens_per_s > 15  # pauses alone would allow 10

@@ -116,6 +116,11 @@ def test_bad_completion(shared: Any, change: dict[str, Any], param: str, words: 
     check(post(shared, TEXT, {"prompt": "a", **change}), 400, param, words, code)
 
 
+def test_a_client_is_not_told_what_only_the_server_can_set(shared: Any) -> None:
+    message = post(shared, TEXT, {"prompt": "a" * 2000}).json()["error"]["message"]
+    assert message.endswith("the reply included; shorten the prompt")
+
+
 def test_a_streamed_request_is_refused_with_a_status_too(shared: Any) -> None:
     response = post(shared, TEXT, {"prompt": "a" * 2000, "stream": True})
     check(response, 400, "prompt", "tokens", "context_length_exceeded")
