@@ -1,8 +1,8 @@
 """JSON Schema (draft 2020-12) as a language of JSON texts.
 
 Does: type, enum, const, properties, required, additionalProperties, propertyNames, items, prefixItems, minItems,
-maxItems, minLength, maxLength, pattern, format (those of _FORMATS), bounds of numbers, anyOf, oneOf, allOf, $ref within
-the schema.
+maxItems, minLength, maxLength, pattern, format (date, time, date-time, duration, uuid, ipv4, email),
+minimum, maximum, exclusiveMinimum, exclusiveMaximum, anyOf, oneOf, allOf, $ref within the schema.
 Does not: what is in _UNSUPPORTED, which is refused by name; all else says nothing of a value, and is ignored.
 
 A language is never wider than its schema, and narrower in what only prolongs texts: properties come in the order in
@@ -78,7 +78,7 @@ class _Compiler:
         """What references to a place became."""
         space = t.text(b" ")
         self.gap = t.either(END, space, t.seq(t.text(b"\n"), t.repeat(space, 0, _INDENT)))
-        """What may stand between tokens: models end texts of nothing but space less willingly than people do."""
+        """What may stand between tokens: no more, or a model that has nothing to say might write space for ever."""
         self._colon = t.seq(t.text(b":"), t.optional(space))
         self._comma = t.seq(t.text(b","), self.gap)
         self._any_string = self._quoted(t.repeat(any_character(t)))
@@ -174,10 +174,14 @@ class _Compiler:
     # ---- kinds of values -----------------------------------------------------------------------------------------
 
     def _plain(self, schema: Schema, at: str) -> Term:
-        if "const" in schema:
-            return self._terms.text(_json(schema["const"]))
-        if "enum" in schema:
-            return self._terms.either(*map(self._terms.text, map(_json, self._listed(schema["enum"], f"{at}/enum"))))
+        for name in ("const", "enum"):
+            if name in schema:
+                values = [schema[name]] if name == "const" else self._listed(schema[name], f"{at}/{name}")
+                rest = {n: v for n, v in schema.items() if n == "type" or n in _TYPES_BY_KEYWORD}
+                allowed, texts = self._plain(rest, at), map(_json, values)
+                return self._terms.either(
+                    *(self._terms.text(x) for x in texts if not rest or self._terms.holds(allowed, x))
+                )
         kinds = schema.get("type", sorted({_TYPES_BY_KEYWORD[n] for n in schema if n in _TYPES_BY_KEYWORD}))
         kinds = [kinds] if isinstance(kinds, str) else kinds
         if not isinstance(kinds, list) or not all(kind in _TYPES for kind in kinds):

@@ -132,6 +132,12 @@ class Terms:
             self._afters[key] = self._derive(term, byte)
         return self._afters[key]
 
+    def holds(self, term: Term, text: bytes) -> bool:
+        """Whether a text is of this language."""
+        for byte in text:
+            term = self.after(term, byte)
+        return self.may_end(term)
+
     def _derive(self, term: Term, byte: int) -> Term:
         after = partial(self.after, byte=byte)
         match self._nodes[term]:

@@ -8,10 +8,7 @@ from gptedge.grammar.terms import END, NOTHING, Term, Terms
 
 
 def holds(terms: Terms, term: Term, text: bytes | str) -> bool:
-    """Whether a text is of a language."""
-    for byte in text.encode() if isinstance(text, str) else text:
-        term = terms.after(term, byte)
-    return terms.may_end(term)
+    return terms.holds(term, text.encode() if isinstance(text, str) else text)
 
 
 def drawn(terms: Terms, term: Term, seed: int, most: int = 400) -> bytes | None:
