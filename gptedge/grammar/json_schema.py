@@ -13,7 +13,7 @@ read as anyOf: alternatives are taken to exclude each other.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
@@ -174,14 +174,10 @@ class _Compiler:
     # ---- kinds of values -----------------------------------------------------------------------------------------
 
     def _plain(self, schema: Schema, at: str) -> Term:
-        for name in ("const", "enum"):
-            if name in schema:
-                values = [schema[name]] if name == "const" else self._listed(schema[name], f"{at}/{name}")
-                rest = {n: v for n, v in schema.items() if n == "type" or n in _TYPES_BY_KEYWORD}
-                allowed, texts = self._plain(rest, at), map(_json, values)
-                return self._terms.either(
-                    *(self._terms.text(x) for x in texts if not rest or self._terms.holds(allowed, x))
-                )
+        if "const" in schema:
+            return self._one_of([schema["const"]], schema, at)
+        if "enum" in schema:
+            return self._one_of(self._listed(schema["enum"], f"{at}/enum"), schema, at)
         kinds = schema.get("type", sorted({_TYPES_BY_KEYWORD[n] for n in schema if n in _TYPES_BY_KEYWORD}))
         kinds = [kinds] if isinstance(kinds, str) else kinds
         if not isinstance(kinds, list) or not all(kind in _TYPES for kind in kinds):
@@ -189,6 +185,13 @@ class _Compiler:
         if not kinds:
             return self._anything
         return self._terms.either(*(getattr(self, f"_{kind}")(schema, at) for kind in kinds))
+
+    def _one_of(self, values: Iterable[Any], schema: Schema, at: str) -> Term:
+        """Those of `values` that the rest of their schema allows."""
+        rest = {name: value for name, value in schema.items() if name == "type" or name in _TYPES_BY_KEYWORD}
+        allowed, texts = self._plain(rest, at), map(_json, values)
+        kept = (text for text in texts if not rest or self._terms.holds(allowed, text))
+        return self._terms.either(*map(self._terms.text, kept))
 
     def _null(self, schema: Schema, at: str) -> Term:
         return self._terms.text(b"null")
