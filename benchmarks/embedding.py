@@ -1,4 +1,4 @@
-"""What a program that embeds gptedge feels: chats reopened, lists together, the interpreter's pace, idle cores, memory.
+"""What a program that embeds gptedge feels: chats reopened, lists, schemas, the interpreter's pace, idle cores, memory.
 
     python benchmarks/embedding.py BUNDLE [--threads 2] [--chats 1000]
 
@@ -99,6 +99,41 @@ def idling(model: gptedge.Model) -> str:
     return f"processor time between runs: {used:.1%} of a core"
 
 
+_RECORDS = {
+    "type": "array",
+    "items": {
+        "type": "object",
+        "properties": {
+            "name": {"type": "string", "maxLength": 30},
+            "age": {"type": "integer", "minimum": 0, "maximum": 120},
+            "tags": {"type": "array", "items": {"type": "string", "pattern": "^[a-z]{3,12}$"}, "maxItems": 3},
+        },
+        "required": ["name", "age", "tags"],
+    },
+    "minItems": 8,
+}
+
+
+def schemas(model: gptedge.Model, tokens: int = 128) -> str:
+    """Milliseconds a token of a list of records, with its schema and without; the first reply makes the grammar."""
+    prompt = "Eight people as JSON, with name, age and tags:\n"
+
+    def per_token(**settings: object) -> float:
+        result = model.run(prompt, max_tokens=tokens, seed=1, **settings)
+        return 1000 / result.timings.decode_tokens_per_s
+
+    first = seconds(lambda: model.run(prompt, max_tokens=1, schema=_RECORDS))
+    again = seconds(lambda: model.run(prompt, max_tokens=1, schema=_RECORDS))
+    parts = []
+    for name, temperature in (("greedy", 0.0), ("sampled", 0.8)):
+        plain, kept = (
+            [per_token(temperature=temperature, **settings) for settings in 3 * (part,)]
+            for part in ({"logit_bias": dict.fromkeys(model.bundle.eos_ids, -1e4)}, {"schema": _RECORDS})
+        )
+        parts.append(f"{name} {kept[0]:.1f} at first, then {min(kept[1:]):.1f} for {min(plain):.1f}")
+    return f"ms a token with a schema: {'; '.join(parts)}; making it {(first - again) * 1000:.0f} ms once"
+
+
 def resident_mb() -> float:
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * 4096 / 1e6
@@ -119,7 +154,7 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--chats", type=int, default=1000)
-    parser.add_argument("--only", choices=["reopening", "batches", "interpreter", "idling", "memory"])
+    parser.add_argument("--only", choices=["reopening", "batches", "interpreter", "idling", "schemas", "memory"])
     a = parser.parse_args()
     with gptedge.load(a.bundle, threads=a.threads) as model:
         model.run("warm", max_tokens=4)
@@ -127,6 +162,7 @@ def main() -> None:
             "reopening": lambda: reopening(model),
             "batches": lambda: batches(model),
             "idling": lambda: idling(model),
+            "schemas": lambda: schemas(model),
             "memory": lambda: memory(model, a.chats),
         }
         for name, part in parts.items():
