@@ -110,12 +110,21 @@ def product(node: NodeProto, names: Mapping[str, str], outputs: Mapping[str, str
         yield helper.make_node("Mul", [made, f"{name}{_LARGEST_OF}"], [output], name=last)
 
 
+def nodes_of(name: str) -> list[str]:
+    """Names of all nodes that may stand in for the product `name`, the first of them first, before any is saved."""
+    parts = (part + kind for part in (*WHOLE, *HALVES) for kind in ("product", ""))
+    made = ["abs", "largest", "part", "rounded", *parts]
+    return [f"{name}.{suffix}".removesuffix(".") for suffix in made]
+
+
 def save(path: Path, model: onnx.ModelProto) -> None:
-    """Write a graph, and its signed twin where it has products of integers."""
-    _defer_factors(model.graph)
-    save_graph(path, model)
-    if any(node.op_type == _OPERATOR for node in model.graph.node):
-        save_graph(path.with_name(signed(path.name)), _signed(model))
+    """Write a graph, and its signed twin where it has products of integers; `model` is left as it is."""
+    written = onnx.ModelProto()
+    written.CopyFrom(model)
+    _defer_factors(written.graph)
+    save_graph(path, written)
+    if any(node.op_type == _OPERATOR for node in written.graph.node):
+        save_graph(path.with_name(signed(path.name)), _signed(written))
 
 
 def _defer_factors(graph: onnx.GraphProto) -> None:

@@ -88,10 +88,15 @@ def _replace(
     made: dict[str, TensorProto],
 ) -> None:
     """Put integer products in the place of the targets', which `products` has as they were in the float graph, and
-    `made` initializers beside or in the place of others."""
+    `made` initializers beside or in the place of others. Some of them may be such products already."""
     instead: dict[str, list[NodeProto]] = {}
+    present = {node.name for node in graph.node}
     for target in targets:
         instead |= replacements(target, {role: _name(target, role) for role in target.roles}, products)
+        for name in target.products:
+            first, *others = integer_products.nodes_of(name)
+            if first in present:
+                instead |= {first: instead[name], **{node: [] for node in others}}
     nodes = [new for node in graph.node for new in instead.get(node.name, [node])]
     kept = [t for t in graph.initializer if t.name not in made]
     del graph.node[:], graph.initializer[:]

@@ -224,10 +224,11 @@ def test_gate_and_up_are_products_of_their_own(activation: str, tmp_path: Path) 
     made = quantized_mlp(model, "*")
     onnx.save(made, tmp_path / "plain.onnx")
     integer_products.save(tmp_path / GRAPH, made)
-    kinds = [node.op_type for node in made.graph.node]
+    nodes = load_graph(tmp_path / GRAPH).graph.node
+    kinds = [node.op_type for node in nodes]
     assert kinds.count("MatMulIntegerToFloat") == 3
     assert "Split" not in kinds
-    makers = {output: node for node in made.graph.node for output in node.output}
+    makers = {output: node for node in nodes for output in node.output}
     assert makers[makers["gated"].input[1]].op_type == "MatMulIntegerToFloat"
     got, plain, wanted = (outputs(tmp_path / name, x) for name in (GRAPH, "plain.onnx", "float.onnx"))
     np.testing.assert_allclose(got, plain, rtol=1e-4, atol=0.02 * wanted.std())

@@ -88,6 +88,24 @@ def test_values_keep_their_channels(prompted: Path) -> None:
     assert np.abs(factors - 1).max() < (0.25 if "int4" in prompted.name else 0.03)
 
 
+@pytest.mark.parametrize("rows", ["*.gate_up.weight", "*.down.weight", "*.mlp.*", "*.attn.*"])
+def test_a_recipe_may_multiply_some_integers_itself(rows: str, tiny_bundle: Path, text: Path, tmp_path: Path) -> None:
+    """Those products too are the prompts' own, whose activations are smoothed in another way."""
+    groups = (("embed.weight", 8, 32), (rows, 8, 0), ("*", 4, 32))
+    recipe = tmp_path / "some.toml"
+    recipe.write_text(
+        "".join(f"[[group]]\nmatch='{m}'\nbits={b}\nblock_size={n}\nsymmetric=true\n" for m, b, n in groups)
+    )
+    out = quantize(
+        tiny_bundle, tmp_path / "out", recipe=str(recipe), prefill="int8", calibration=text, threads=1
+    ).bundle
+    graph = load_graph(out / PREFILL).graph
+    read = {n.input[1] for n in graph.node if n.op_type == "MatMulIntegerToFloat"}
+    assert read
+    assert all(".prefill." in name for name in read)
+    test_keys_and_values_are_those_of_the_float_graph(tiny_bundle, out)
+
+
 def test_when_it_is_used(prompted: Path) -> None:
     """From a length on that is the same each time; a short prompt never opens the second graph."""
     session = Session(open_bundle(prompted), threads=1)
