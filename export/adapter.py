@@ -8,6 +8,9 @@ one, of a rank as large as theirs together, with the scale multiplied in. No tor
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,4 +132,9 @@ def _write(out: Path, layers: Mapping[str, tuple[FloatArray, FloatArray]], base:
     file.set_parameters({name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in held.items()})
     out.parent.mkdir(parents=True, exist_ok=True)
     with new_file(out) as work:
-        file.export_adapter(str(work))
+        try:
+            file.export_adapter(str(work))
+        except RuntimeError as e:  # onnxruntime says where in its own source, and not why
+            needed = sum(array.nbytes for array in held.values())
+            is_full = shutil.disk_usage(work.parent).free < needed
+            raise (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) if is_full else e) from None

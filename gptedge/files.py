@@ -35,7 +35,7 @@ def new_folder(destination: Path, *, force: bool = False) -> Iterator[Path]:
     check_destination(destination, force=force)
     work = _work_path(destination)
     try:
-        with named_when_full(destination):
+        with named_when_full(destination, work):
             work.mkdir(parents=True)
             yield work
             _sync_tree(work)
@@ -51,7 +51,7 @@ def new_file(destination: Path) -> Iterator[Path]:
     _clean_up(destination)
     work = _work_path(destination)
     try:
-        with named_when_full(destination):
+        with named_when_full(destination, work):
             yield work
             _sync(work)
             os.replace(work, destination)
@@ -60,23 +60,33 @@ def new_file(destination: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def named_when_full(destination: Path) -> Iterator[None]:
-    """A full disk's error names `destination`: of itself it names no file, or the one that is written for its place."""
+def named_when_full(destination: Path, work: Path | None = None) -> Iterator[None]:
+    """A full disk's error names `destination`: of itself it names no file, or the one that is written for its place.
+    So does any error that names `work`, which nobody knows of."""
     try:
         yield
     except OSError as e:
-        if e.errno not in FULL:
+        if e.errno not in FULL and (work is None or e.filename != str(work)):
             raise
         raise OSError(e.errno, e.strerror, str(destination)) from e
 
 
 @contextmanager
 def writing(path: Path, error: type[GptEdgeError], advice: str) -> Iterator[None]:
-    """The system's refusal, such as a full disk, as a line with a way out."""
+    """The system's refusal, such as a full disk, as a line with a way out, which may begin with making room."""
     try:
         yield
     except OSError as e:
+        if e.errno not in FULL:
+            advice = advice.removeprefix("make room there, or ").removeprefix("make room and ")
         raise error(f"{path} cannot be written: {e.strerror or e}; {advice}") from None
+
+
+def check_writable(path: Path, error: type[GptEdgeError]) -> None:
+    """Refuse early, before there is something to write, what the system would refuse late."""
+    there = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise error(f"{path} cannot be written: {os.strerror(errno.EACCES)}; choose another output")
 
 
 def check_destination(destination: Path, *, force: bool) -> None:

@@ -41,3 +41,11 @@ def decode_utf8(data: bytes, where: str | Path) -> str:
         raise DataError(
             f"{where} is not UTF-8 text: byte {e.start} is 0x{data[e.start]:02x}; convert it first"
         ) from None
+
+
+_SIGNS = {"\n": "↵", "\t": "⇥", "\r": "␍"}
+
+
+def visible(text: str) -> str:
+    """Text that cannot move a cursor, colour a terminal or turn a line around: what is not printable is escaped."""
+    return "".join(_SIGNS.get(c) or (c if c.isprintable() else f"\\u{{{ord(c):x}}}") for c in text)

@@ -102,11 +102,13 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except _CommandLineError as e:
+        if _is_follower():
+            return UsageError.exit_code
         return _fail(complaint(e), UsageError.exit_code, as_json)
     except GptEdgeError as e:
         if debug:
             traceback.print_exc()
-        if e.is_reported:
+        if e.is_reported or (isinstance(e, UsageError) and _is_follower()):
             with suppress(KeyboardInterrupt):
                 time.sleep(1)  # torchrun ends all once one has ended, and the one that says it is to come first
             return e.exit_code
@@ -116,6 +118,11 @@ def main(arguments: list[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         return _fail(_plain(e), 1, as_json)
+
+
+def _is_follower() -> bool:
+    """Whether this is one of torchrun's processes that does not lead: the one that does refuses the same command."""
+    return os.environ.get("RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def _write_utf8() -> None:

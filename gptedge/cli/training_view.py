@@ -22,6 +22,7 @@ from rich.text import Text
 
 from gptedge.cli.common import say
 from gptedge.cli.plot import Series, plot, sparkline
+from gptedge.text import visible
 
 if TYPE_CHECKING:
     from gptedge.train.trainer import OnStep, StepReport
@@ -84,7 +85,8 @@ def _progress(s: StepReport) -> str:
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    """What a model writes may hold anything, such as what a terminal takes for a command."""
+    return visible(" ".join(text.split()))
 
 
 def duration(seconds: float) -> str:
@@ -139,8 +141,8 @@ class View:
         self.norm.add(s.step, s.grad_norm)
         if s.val_loss is not None:
             self.held_out.add(s.step, s.val_loss)
-            if self.best is None or s.val_loss < self.best[1]:
-                self.best = (s.step, s.val_loss)
+        if s.best_step is not None and s.best_val_loss is not None:
+            self.best = (s.best_step, s.best_val_loss)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         if self.latest is None:

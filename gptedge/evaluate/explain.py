@@ -11,7 +11,7 @@ Drawing is `explain_terminal`'s and `explain_page`'s job.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -22,6 +22,7 @@ import numpy.typing as npt
 from gptedge.bundle import GRAPH
 from gptedge.errors import BundleError, UsageError
 from gptedge.evaluate.divergence import log_softmax
+from gptedge.text import visible
 from gptedge.tokenizer import Tokenizer
 
 DEFAULT_TOKENS = 128
@@ -234,14 +235,6 @@ def token_text(tokenizer: Tokenizer, token_id: int) -> str:
 
 def _bytes(tokenizer: Tokenizer, token_id: int) -> bytes:
     return b"" if tokenizer.id_to_token(token_id) is None else tokenizer.token_bytes(token_id)
-
-
-_SIGNS: Mapping[str, str] = {"\n": "↵", "\t": "⇥", "\r": "␍"}
-
-
-def visible(text: str) -> str:
-    """Text that cannot move a cursor, colour a terminal or turn a line around: what is not printable is escaped."""
-    return "".join(_SIGNS.get(c) or (c if c.isprintable() else f"\\u{{{ord(c):x}}}") for c in text)
 
 
 # ---- attention in a few numbers ------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from sacrebleu.metrics.chrf import CHRF
 from gptedge.config import SamplingParams
 from gptedge.errors import ContextOverflowError, DataError
 from gptedge.progress import Report, silent
-from gptedge.text import read_text
+from gptedge.text import check_scalars, read_text
 
 if TYPE_CHECKING:
     from gptedge.model import Model
@@ -75,6 +75,10 @@ def _pair(where: str, line: str) -> Pair:
     for key, is_needed in _KEYS.items():
         if not isinstance(value.get(key), str) and (is_needed or value.get(key) is not None):
             raise DataError(f"{where}: {key} is {json.dumps(value.get(key))[:40]}; it must be text")
+    try:
+        check_scalars(value["reference"])
+    except DataError as e:
+        raise DataError(f"{where}: reference: {e}") from None
     if not value["reference"].strip():
         raise DataError(f"{where}: the reference is empty, so nothing can be compared with it")
     return Pair(where, value["prompt"], value["reference"], value.get("system"))

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from gptedge.errors import DataError
-from gptedge.train.corpus import files_of
+from gptedge.train.corpus import JSON_LINES, files_of, is_gzip, suffix_of
 
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
 
@@ -37,11 +37,7 @@ _QUESTIONS = ("instruction", "prompt", "question", "query", "user", "input")
 _REPLIES = ("output", "response", "completion", "answer", "reply", "assistant", "target")
 _SYSTEMS = ("system", "system_prompt")
 
-_LINES, _ARRAYS, _TEXTS = (
-    frozenset({".jsonl", ".ndjson", ".jsonlines"}),
-    frozenset({".json"}),
-    frozenset({".txt", ".md"}),
-)
+_ARRAYS, _TEXTS = frozenset({".json"}), frozenset({".txt", ".md"})
 _SHOWN = 3  # of the lines that are left out
 
 
@@ -110,18 +106,13 @@ def read_records(paths: Sequence[Path], *, skip_bad: bool = False, without: Path
 
 
 def _is_known(file: Path) -> bool:
-    return _suffix(file) in _LINES | _ARRAYS | _TEXTS
-
-
-def _suffix(file: Path) -> str:
-    """That of chat.jsonl.gz is .jsonl."""
-    return (file.with_suffix("") if file.suffix == ".gz" else file).suffix.lower()
+    return suffix_of(file) in JSON_LINES | _ARRAYS | _TEXTS
 
 
 def _rows(path: Path, found: Records) -> Iterator[tuple[str, Callable[[], Record]]]:
     """Where each record stands in the file, and how to make it."""
-    kind = _suffix(path)
-    if kind in _LINES:
+    kind = suffix_of(path)
+    if kind in JSON_LINES:
         for number, line in enumerate(_lines(path, found), 1):
             if line.strip():
                 yield f", line {number}", partial(_parsed, line)
@@ -137,7 +128,7 @@ def _rows(path: Path, found: Records) -> Iterator[tuple[str, Callable[[], Record
 def _lines(path: Path, found: Records) -> Iterator[str]:
     """Lines as \\n parts them; JSON may hold other characters that Python would part lines at."""
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as f:
+        with gzip.open(path) if is_gzip(path) else path.open("rb") as f:
             for number, line in enumerate(f):
                 yield _decode(line.removeprefix(b"\xef\xbb\xbf") if number == 0 else line, found)
     except (OSError, EOFError, zlib.error) as e:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import os
 import re
 import zlib
 from array import array
@@ -20,8 +21,9 @@ from typing import BinaryIO, NamedTuple, cast
 
 from gptedge.errors import DataError, UsageError
 
-_SUFFIXES = ".txt .text .md .markdown .rst .tex .html .py .js .ts .java .c .h .cpp .go .rs .rb .sh .jsonl"
-TEXT_SUFFIXES = frozenset(_SUFFIXES.split())
+_SUFFIXES = ".txt .text .md .markdown .rst .tex .html .py .js .ts .java .c .h .cpp .go .rs .rb .sh"
+JSON_LINES = frozenset({".jsonl", ".ndjson", ".jsonlines"})
+TEXT_SUFFIXES = JSON_LINES.union(_SUFFIXES.split())
 """What is read of a folder, each also with .gz behind it. A file that is named itself is read whatever it is called."""
 
 PIECE = 1 << 20
@@ -189,7 +191,7 @@ def scan(corpus: Corpus) -> Scan:
 
 
 def files_of(path: Path, is_wanted: Callable[[Path], bool], without: Path | None = None) -> list[Path]:
-    """A file itself; of a folder those that are wanted by their path in it, in the order of names.
+    """A file itself; of a folder those that are wanted by their name, in the order of names, and none that is hidden.
 
     Those of `without` are left out, where it lies in the folder. Raises DataError for a path that is not there,
     UsageError for one that is `without`.
@@ -197,8 +199,12 @@ def files_of(path: Path, is_wanted: Callable[[Path], bool], without: Path | None
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise DataError(f"data path {path} does not exist")
-    found = [file for file in sorted(path.rglob("*")) if file.is_file() and is_wanted(file.relative_to(path))]
+        problem = "is no file or folder, and text is read more than once" if path.exists() else "does not exist"
+        raise DataError(f"data path {path} {problem}")
+    shown = (f for f in sorted(_walk(path)) if not any(part.startswith(".") for part in f.relative_to(path).parts))
+    found = [file for file in shown if is_wanted(file)]
+    if missing := next((file for file in found if not file.exists()), None):
+        raise DataError(f"{missing} is a link to what is not there; mend it, or take it away")
     if without is None or not without.resolve().is_relative_to(path.resolve()):
         return found
     left_out = path / without.resolve().relative_to(path.resolve())
@@ -207,21 +213,39 @@ def files_of(path: Path, is_wanted: Callable[[Path], bool], without: Path | None
     return [file for file in found if left_out not in file.parents]
 
 
+def _walk(folder: Path) -> Iterator[Path]:
+    """All files of a folder, links followed, no folder twice. Raises DataError for one that cannot be read."""
+
+    def refuse(e: OSError) -> None:
+        raise DataError(f"{e.filename} cannot be read: {e.strerror}")
+
+    seen = set[Path]()
+    for here, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
+        seen.add(Path(here).resolve())
+        folders[:] = [name for name in sorted(folders) if Path(here, name).resolve() not in seen]
+        yield from (Path(here, name) for name in files)
+
+
 def _is_text(file: Path) -> bool:
-    """By its name: README.md and README.md.gz are, and nothing in a hidden folder is."""
-    return _plain(file).suffix.lower() in TEXT_SUFFIXES and not any(part.startswith(".") for part in file.parts)
+    """By its name: README.md and README.md.gz are."""
+    return suffix_of(file) in TEXT_SUFFIXES
 
 
 def _is_jsonl(file: Path) -> bool:
-    return _plain(file).suffix.lower() == ".jsonl"
+    return suffix_of(file) in JSON_LINES
 
 
-def _plain(file: Path) -> Path:
-    return file.with_suffix("") if file.suffix == ".gz" else file
+def suffix_of(file: Path) -> str:
+    """In lower case; that of chat.jsonl.gz is .jsonl."""
+    return (file.with_suffix("") if is_gzip(file) else file).suffix.lower()
+
+
+def is_gzip(file: Path) -> bool:
+    return file.suffix.lower() == ".gz"
 
 
 def _open(file: Path) -> BinaryIO:
-    return cast(BinaryIO, gzip.open(file)) if file.suffix == ".gz" else file.open("rb")
+    return cast(BinaryIO, gzip.open(file)) if is_gzip(file) else file.open("rb")
 
 
 def _without_mark(file: Path, beginning: bytes) -> bytes:

@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from gptedge.checkpoint import CONFIG, SIDE_FILES, WEIGHTS, WEIGHTS_INDEX, read_json_object
 from gptedge.errors import CheckpointError, OutputExistsError, TrainingError, UsageError
-from gptedge.files import new_file, new_folder, write_json, writing
+from gptedge.files import check_writable, new_file, new_folder, write_json, writing
 from gptedge.lora_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from gptedge.train.settings import RESUMABLE_CHANGES, LoopConfig
 from gptedge.train.state import discard_after, latest_state, load_state
@@ -39,6 +39,7 @@ def check_output(out: Path, *, resume: bool, force: bool, on_message: OnMessage)
     if out.exists() and not (resume or force):
         hint = "go on with it by --resume, " if there else ""
         raise OutputExistsError(f"{out} exists already; {hint}choose another output or add --force")
+    check_writable(out, TrainingError)
     if resume and not there:
         if not (force or _is_fresh(out)):
             raise CheckpointError(f"cannot resume: {out} holds no run; choose another output or add --force")
@@ -63,7 +64,8 @@ def begin_run(out: Path, config: LoopConfig, identity: Mapping[str, str], save: 
     """
     try:
         with writing(out, TrainingError, "make room there, or choose another output"):
-            (out / METRICS).unlink(missing_ok=True)
+            for old in (out / METRICS, *(out / "tensorboard").glob("events.out.tfevents.*")):
+                old.unlink(missing_ok=True)
             with new_folder(out / STATE, force=True) as folder:
                 save(folder)
                 write_json(folder / RUN, {"config": config.to_dict(), **identity})

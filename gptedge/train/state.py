@@ -2,7 +2,9 @@
 
     state/run.json  tokenizer.json                written when the run begins; run.json again when it is resumed
     state/step-00000500.pt  step-00001000.pt      weights, optimizer, random generators, counts
-    state/best.pt                                 weights at the lowest validation loss
+    state/best-00000650.pt                        weights at the lowest validation loss
+
+A run that goes on from one of its states needs the best weights up to there, which later ones must not have replaced.
 
 A state is a torch file, read with `weights_only=True`, so that opening one runs no code. Its zip checksums are checked.
 """
@@ -21,7 +23,6 @@ from gptedge.errors import CheckpointError
 from gptedge.files import new_file
 
 State = dict[str, Any]
-_BEST = "best.pt"
 
 
 def save_state(folder: Path, state: State, *, step: int, keep: int) -> Path:
@@ -30,16 +31,29 @@ def save_state(folder: Path, state: State, *, step: int, keep: int) -> Path:
     _write(path, state)
     for old in _states(folder)[:-keep]:
         old.unlink()
+    _remove_needless_bests(folder)
     return path
 
 
-def save_best(folder: Path, state: State) -> None:
-    _write(folder / _BEST, state)
+def save_best(folder: Path, state: State, *, step: int) -> None:
+    """Write the best weights so far; those before stay as long as a state may need them."""
+    _write(folder / f"best-{step:08d}.pt", state)
+    _remove_needless_bests(folder)
 
 
-def load_best(folder: Path) -> State | None:
-    """None where there is none, or it is damaged."""
-    return _read(folder / _BEST)
+def load_best(folder: Path, step: int) -> State | None:
+    """The weights that were the best ones at a step. None where there are none, or they are damaged."""
+    return _read(folder / f"best-{step:08d}.pt")
+
+
+def _remove_needless_bests(folder: Path) -> None:
+    """Keep the latest, and of each state the latest that it knew."""
+    bests = _steps(folder, "best")
+    needed = set(bests[-1:])
+    for state in _states(folder):
+        needed.update([best for best in bests if _step_of(best) <= _step_of(state)][-1:])
+    for old in set(bests) - needed:
+        old.unlink()
 
 
 def load_state(folder: Path, on_message: Callable[[str], None]) -> State | None:
@@ -64,8 +78,9 @@ def load_state(folder: Path, on_message: Callable[[str], None]) -> State | None:
 
 
 def discard_after(folder: Path, step: int) -> None:
-    """Remove states later than `step`: damaged ones that would be found before those still to be written."""
-    for path in _states(folder):
+    """Remove what is later than `step`: damaged states, which would be found before those still to be written, and the
+    best weights of steps that the run will take anew."""
+    for path in (*_states(folder), *_steps(folder, "best")):
         if _step_of(path) > step:
             path.unlink()
 
@@ -77,7 +92,11 @@ def latest_state(folder: Path) -> Path | None:
 
 def _states(folder: Path) -> list[Path]:
     """Oldest first."""
-    return sorted(folder.glob("step-*.pt"), key=_step_of)
+    return _steps(folder, "step")
+
+
+def _steps(folder: Path, kind: str) -> list[Path]:
+    return sorted(folder.glob(f"{kind}-*.pt"), key=_step_of)
 
 
 def _step_of(path: Path) -> int:

@@ -52,6 +52,9 @@ class StepReport:
     elapsed_s: float
     """Of training, that before a resume included."""
     eta_s: float
+    best_val_loss: float | None = None
+    """The lowest so far, and the step after which it was measured."""
+    best_step: int | None = None
 
 
 OnStep = Callable[[StepReport], None]
@@ -157,6 +160,8 @@ class Trainer:
             grad_norm=grad_norm,
             elapsed_s=self.elapsed_s,
             eta_s=self.budget.eta_s(self.step, self.elapsed_s),
+            best_val_loss=self.best_val_loss if self.best_step else None,
+            best_step=self.best_step or None,
         )
 
     def _update(self, batch: Batch, rate: float) -> tuple[float, float]:
@@ -230,12 +235,12 @@ class Trainer:
             self.best_val_loss, self.best_step, self.waited = self.val_loss, self.step, 0
             weights = whole(trained_state(self.model))
             best = {"model": weights, "step": self.step, "val_loss": self.val_loss}
-            self._write(lambda: save_best(self.folder, best))
+            self._write(lambda: save_best(self.folder, best, step=self.step))
         return self.val_loss
 
     def _take_best(self) -> None:
-        best = load_best(self.folder)
-        if best is None or best["step"] != self.best_step:
+        best = load_best(self.folder, self.best_step)
+        if best is None:
             self.on_message(
                 f"warning: the best weights, of step {self.best_step:,}, are damaged or missing in {self.folder}; "
                 f"those of step {self.step:,} are written instead"

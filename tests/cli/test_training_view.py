@@ -30,6 +30,8 @@ def report(step: int, **changes: Any) -> StepReport:
         "grad_norm": 0.75,
         "elapsed_s": step / 10,
         "eta_s": (1000 - step) / 10,
+        "best_val_loss": 9.25 - step // 100 * 100 / 200 if step >= 100 else None,
+        "best_step": step // 100 * 100 or None,
     }
     return StepReport(**{**values, **changes})
 
@@ -168,3 +170,20 @@ def read_until(descriptor: int, text: bytes | None, child: subprocess.Popen[byte
             break
         seen += piece
     return seen
+
+
+def test_the_best_of_a_resumed_run_is_the_whole_runs() -> None:
+    """Measured before this session, and told with every step."""
+    view = View("train mine")
+    view.add(report(120, val_loss=3.3, best_val_loss=1.7, best_step=60))
+    console = Console(file=io.StringIO(), width=100, height=30)
+    console.print(view)
+    assert "best 1.700 at 60" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_samples_command_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with training_view("train mine", sampler=lambda step: "A\x1b[2J\x1b]0;owned\x07B") as on_step:
+        on_step(report(1))
+    said = capsys.readouterr().err
+    assert "\x1b" not in said
+    assert r"A\u{1b}[2J\u{1b}]0;owned\u{7}B" in said

@@ -406,3 +406,14 @@ def test_interrupt_at_any_stage(
             if left:  # the signal came after the output had its name: then it is whole
                 assert main(["verify", str(out)]) == 0
                 break
+
+
+@pytest.mark.parametrize("arguments", [["train", "--preset", "huge"], ["train", "--no-such-option"]])
+def test_torchruns_other_processes_leave_usage_errors_to_the_first(
+    arguments: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    for rank, lines in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        code, out, err = run(capsys, *arguments, "--out", tmp_path / "out")
+        assert (code, out, err.count("\n")) == (2, "", lines)

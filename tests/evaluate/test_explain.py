@@ -18,10 +18,11 @@ from gptedge.checkpoint import open_checkpoint
 from gptedge.cli import main
 from gptedge.errors import UsageError
 from gptedge.evaluate import explain_bundle, explain_checkpoint
-from gptedge.evaluate.explain import Explanation, explain, gaze, too_many_weights, visible
+from gptedge.evaluate.explain import Explanation, explain, gaze, too_many_weights
 from gptedge.evaluate.explain_terminal import print_explanation
 from gptedge.export.exporter import export
 from gptedge.loading import load
+from gptedge.text import visible
 from gptedge.train.model import GPT, attend, attention_weights
 from tests.export.test_decoder import random_model
 from tests.export.test_portable import CHOSEN

@@ -67,6 +67,7 @@ def test_prompts_go_through_the_template_or_are_continued(model: Model) -> None:
         ('{"prompt": 1, "reference": "b"}', "line 1: prompt is 1"),
         ('{"prompt": "a", "reference": "b", "system": 3}', "line 1: system is 3"),
         ('{"prompt": "a", "reference": " "}', "line 1: the reference is empty"),
+        ('{"prompt": "a", "reference": "\\ud800"}', "line 1: reference: text has a lone surrogate"),
     ],
 )
 def test_files_that_hold_no_pairs(tmp_path: Path, content: str, message: str) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnxruntime
@@ -206,3 +209,23 @@ def test_batches_and_saved_chats_keep_to_their_adapter(adapted: Path, tmp_path: 
         model.adapter = adapter
         with pytest.raises(gptedge.DataError, match="saved with another adapter"):
             model.chat(cache=tmp_path / "chat.kv")
+
+
+def test_a_full_disk_is_told_from_onnxruntimes_other_failures(
+    adapted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says in which line of its own source it failed to write, and not why."""
+
+    @contextmanager
+    def nowhere(path: Path) -> Iterator[Path]:
+        yield tmp_path / "nowhere" / path.name
+
+    def make() -> None:
+        make_adapter(adapted / "a", adapted / "bundle", tmp_path / "a.onnx_adapter")
+
+    monkeypatch.setattr("gptedge.export.adapter.new_file", nowhere)
+    with pytest.raises(RuntimeError):
+        make()
+    monkeypatch.setattr("gptedge.export.adapter.shutil.disk_usage", lambda path: SimpleNamespace(free=0))
+    with pytest.raises(OSError, match="No space left"):
+        make()

@@ -144,3 +144,11 @@ def test_a_broken_array_advises_lines(tmp_path: Path) -> None:
 def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="does not exist"):
         read_records([tmp_path / "none.jsonl"])
+
+
+def test_hidden_files_and_capital_suffixes(tmp_path: Path) -> None:
+    line = b'{"prompt": "a", "completion": "b"}\n'
+    (tmp_path / ".hidden").mkdir()
+    (tmp_path / ".hidden" / "copy.jsonl").write_bytes(line)
+    (tmp_path / "A.JSONL.GZ").write_bytes(gzip.compress(line))
+    assert len(read_records([tmp_path]).items) == 1

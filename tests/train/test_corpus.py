@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import gptedge.train.corpus as corpus_module
 from gptedge.errors import DataError, UsageError
 from gptedge.tokenizer import Tokenizer, train_bpe
-from gptedge.train.corpus import Files, Piece, scan
+from gptedge.train.corpus import Files, Piece, files_of, scan
 
 
 def documents(files: Files) -> list[str]:
@@ -184,3 +187,47 @@ def test_words_without_end_train_a_vocabulary(tmp_path: Path) -> None:
     tokenizer = train_bpe(["x" * 300_000 + " y"], 270)
     assert isinstance(tokenizer, Tokenizer)
     assert tokenizer.token_to_id("x" * 1024) is not None
+
+
+def test_links_are_followed_and_none_twice(tmp_path: Path) -> None:
+    (tmp_path / "data" / "sub").mkdir(parents=True)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "data" / "a.txt").write_text("a")
+    (tmp_path / "data" / "sub" / "b.txt").write_text("b")
+    (tmp_path / "other" / "c.txt").write_text("c")
+    (tmp_path / "data" / "linked").symlink_to("../other")
+    (tmp_path / "data" / "sub" / "back").symlink_to("..")
+    found = files_of(tmp_path / "data", lambda file: True)
+    assert [str(f.relative_to(tmp_path / "data")) for f in found] == ["a.txt", "linked/c.txt", "sub/b.txt"]
+    (tmp_path / "data" / "gone.txt").symlink_to("nowhere")
+    with pytest.raises(DataError, match=r"gone\.txt is a link to what is not there"):
+        files_of(tmp_path / "data", lambda file: True)
+
+
+def test_a_folder_that_cannot_be_read_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By root too, whom no mode keeps out."""
+    (tmp_path / "sub").mkdir()
+    scandir = os.scandir
+
+    def refused(path: Any) -> Any:
+        if Path(path).name == "sub":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(DataError, match=r"sub cannot be read: Permission denied"):
+        files_of(tmp_path, lambda file: True)
+
+
+def test_pipes_are_called_what_they_are(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DataError, match="is no file or folder, and text is read more than once"):
+        files_of(tmp_path / "pipe", lambda file: True)
+
+
+@pytest.mark.parametrize("name", ["x.jsonl.GZ", "x.NDJSON", "x.ndjson.gz", "x.JSONL"])
+def test_suffixes_count_in_either_case(name: str, tmp_path: Path) -> None:
+    line = b'{"text": "hello there"}\n'
+    (tmp_path / name).write_bytes(gzip.compress(line) if name.lower().endswith(".gz") else line)
+    for path in (tmp_path, tmp_path / name):
+        assert "".join(piece.text for piece in Files([path])()) == "hello there"

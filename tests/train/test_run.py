@@ -16,12 +16,12 @@ import torch
 import transformers
 
 from gptedge.checkpoint import open_checkpoint
-from gptedge.errors import CheckpointError, DataError, OutputExistsError, UsageError
+from gptedge.errors import CheckpointError, DataError, OutputExistsError, TrainingError, UsageError
 from gptedge.tokenizer import Tokenizer
 from gptedge.train.blockwise import BLOCK
 from gptedge.train.config import TrainConfig
 from gptedge.train.model import GPT
-from gptedge.train.output import saved_config
+from gptedge.train.output import check_output, saved_config
 from gptedge.train.precision import gains_by_bfloat16
 from gptedge.train.run import run_training
 from gptedge.train.trainer import StepReport
@@ -325,3 +325,14 @@ def test_compiling_without_a_compiler_is_refused(
     with pytest.raises(UsageError, match=r"there is no C\+\+ compiler no-such-compiler; install one"):
         run_training([texts], tmp_path / "m", config=replace(tiny, compile=True))
     assert not (tmp_path / "m").exists()
+
+
+def test_a_folder_that_nobody_may_write_to_is_refused_first(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not after the text was read, its vocabulary learned and all of it tokenized; root is let in everywhere."""
+    asked: list[Path] = []
+    monkeypatch.setattr("gptedge.files.os.access", lambda path, mode: asked.append(Path(path)))
+    with pytest.raises(TrainingError, match=r"b cannot be written: Permission denied; choose another output$"):
+        check_output(tmp_path / "a" / "b", resume=False, force=False, on_message=print)
+    assert asked == [tmp_path]

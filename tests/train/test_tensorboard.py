@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import struct
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 
 from gptedge.cli import main
+from gptedge.errors import TrainingError
 from gptedge.train.tensorboard import event_file
 from gptedge.train.trainer import StepReport
 
@@ -66,3 +69,30 @@ def test_a_new_run_replaces_an_old_ones_events(tmp_path: Path) -> None:
     with event_file(tmp_path) as on_step:
         on_step(replace(step, step=5))
     assert {step for _, step in scalars(tmp_path)} == {1, 5}, "a resumed run adds to what is there"
+
+
+def test_a_disk_that_fills_ends_the_run_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the thread that trains: nothing waits for a writer that is no more."""
+    step = StepReport(1, 10, 3.0, None, 100.0, 1e-3, 0.5, 1.0, 9.0)
+
+    def full(self: Any, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with event_file(tmp_path) as on_step:
+        on_step(step)
+        monkeypatch.setattr("tensorboardX.event_file_writer.EventsWriter._write_serialized_event", full)
+        with pytest.raises(TrainingError, match=r"cannot be written: No space left on device; make room and go on"):
+            on_step(replace(step, step=2))
+
+
+def test_a_run_without_events_leaves_none_of_another(texts: Path, tmp_path: Path) -> None:
+    out, config = tmp_path / "run", tmp_path / "tiny.toml"
+    config.write_text(
+        "vocab_size = 300\ncontext_length = 16\nn_layer = 1\nn_head = 2\nn_kv_head = 1\nn_embd = 32\nn_ff = 64\n"
+        "batch_size = 2\nthreads = 1\nmax_steps = 2\n"
+    )
+    command = ["train", "--data", str(texts), "--out", str(out), "--config", str(config)]
+    assert main([*command, "--tensorboard"]) == 0
+    assert scalars(out / "tensorboard")
+    assert main([*command, "--force"]) == 0
+    assert not list((out / "tensorboard").iterdir())

@@ -28,7 +28,7 @@ from gptedge.train.model import GPT
 from gptedge.train.parts import parameter_groups, validation_loss
 from gptedge.train.precision import _BFLOAT16, choose_precision, gains_by_bfloat16
 from gptedge.train.settings import LoopConfig
-from gptedge.train.state import load_state
+from gptedge.train.state import discard_after, load_state, save_best, save_state
 from gptedge.train.trainer import StepReport, Trainer
 from gptedge.train.windows import RandomWindows
 
@@ -338,7 +338,9 @@ def test_best_weights_that_are_gone_are_missed_aloud(make: MakeTrainer, monkeypa
     monkeypatch.setattr("gptedge.train.trainer.validation_loss", lambda model, batches: next(told))
     trainer = make(max_steps=100, eval_every=2, patience=2)
     trainer.on_message = messages.append
-    trainer.train(lambda report: (trainer.folder / "best.pt").write_bytes(b"torn") if report.step == 8 else None)
+    trainer.train(
+        lambda report: (trainer.folder / "best-00000004.pt").write_bytes(b"torn") if report.step == 8 else None
+    )
     assert (trainer.weights_step, trainer.val_loss) == (8, 4.25)
     assert messages[0].startswith("warning: the best weights, of step 4, are damaged or missing in ")
     assert messages[0].endswith("those of step 8 are written instead")
@@ -379,3 +381,39 @@ def test_compiled_learns_the_same(make: MakeTrainer, monkeypatch: pytest.MonkeyP
         losses.append(trainer.loss)
     assert calls
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_a_run_that_goes_on_differently_has_its_own_best_weights(
+    make: MakeTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed behind a better measurement than its last state knows of, and then led elsewhere."""
+    told = iter([5.0, 4.0, 4.5, 3.0])
+    monkeypatch.setattr("gptedge.train.trainer.validation_loss", lambda model, batches: next(told))
+    trainer, seen = make(max_steps=8, eval_every=2, save_every=6), {}
+    trainer.train(lambda report: seen.update({report.step: trainer.model.embed.weight.clone()}))
+    assert sorted(path.name for path in trainer.folder.glob("*.pt")) == [
+        *("best-00000004.pt", "best-00000008.pt", "step-00000006.pt", "step-00000008.pt"),
+    ]
+    (trainer.folder / "step-00000008.pt").unlink()  # as if it had been killed before
+    told, messages = iter([6.0, 7.0]), list[str]()
+    again = make(max_steps=10, eval_every=2, patience=2, learning_rate=0.5)
+    again.on_message = messages.append
+    again.restore(load_state(again.folder, print))
+    discard_after(again.folder, again.step)
+    again.train(lambda report: None)
+    assert (again.step, again.weights_step, again.val_loss) == (8, 4, 4.0)
+    assert torch.equal(again.model.embed.weight, seen[4])
+    assert messages == []
+
+
+def test_only_needed_best_weights_are_kept(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save_best(tmp_path, {"step": step}, step=step)
+    save_state(tmp_path, {}, step=3, keep=2)
+    for step in (4, 5):
+        save_best(tmp_path, {"step": step}, step=step)
+    save_state(tmp_path, {}, step=6, keep=2)
+    save_best(tmp_path, {"step": 7}, step=7)
+    assert sorted(path.name[5:-3] for path in tmp_path.glob("best-*")) == ["00000003", "00000005", "00000007"]
+    save_state(tmp_path, {}, step=9, keep=2)
+    assert sorted(path.name[5:-3] for path in tmp_path.glob("best-*")) == ["00000005", "00000007"]
