@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -131,6 +132,7 @@ def _write(checkpoint: Checkpoint, folder: Path, *, dtype: str, portable: bool, 
     if not portable:
         _check_kernels(config)
     _check_tokenizer(checkpoint.path, checkpoint.side_files.get(TOKENIZER), config.vocab_size)
+    _check_token_ids(checkpoint.path, token_ids(checkpoint), config.vocab_size)
     _write_side_files(checkpoint, folder, shared=not portable)
     checked = replace(checkpoint, tensors=finite(checkpoint.tensors, checkpoint.path)).weights()
     with WeightFile(folder / GRAPH_DATA) as file:
@@ -181,6 +183,15 @@ def token_ids(checkpoint: Checkpoint) -> dict[str, Any]:
     stated = json.loads(checkpoint.side_files.get(GENERATION_CONFIG, b"{}"))
     keys = ("bos_token_id", "eos_token_id", "pad_token_id")
     return {key: stated.get(key, checkpoint.hf_config.get(key)) for key in keys}
+
+
+def _check_token_ids(where: Path, ids: Mapping[str, Any], vocab_size: int) -> None:
+    """A reply that no token can end goes on to its last one. What fills up rows is never read, and often made up."""
+    for name in ("bos_token_id", "eos_token_id"):
+        value = ids[name]
+        listed = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(i) is int and 0 <= i < vocab_size for i in listed):
+            raise CheckpointError(f"{where}: {name} is {value!r}; token ids go from 0 to {vocab_size - 1}")
 
 
 def _check_kernels(config: ModelConfig) -> None:

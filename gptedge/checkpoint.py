@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from gptedge import safetensors
 from gptedge.config import ModelConfig
-from gptedge.errors import CheckpointError
+from gptedge.errors import CheckpointError, UsageError
 from gptedge.families import Family, checkpoint_name, family_of, hf_config, source_tensors
 from gptedge.files import write_json
 from gptedge.safetensors import Tensor
@@ -52,7 +52,10 @@ class Checkpoint:
 
     @property
     def config(self) -> ModelConfig:
-        return self.family.config(self.hf_config)
+        try:
+            return self.family.config(self.hf_config)
+        except UsageError as e:  # as where a person makes a configuration
+            raise CheckpointError(f"{self.path}: {e}") from None
 
     def weights(self) -> dict[str, Tensor]:
         """Tensors by gptedge's names (see `families`). Raises CheckpointError for missing, misshapen or unused ones."""

@@ -104,6 +104,10 @@ class ModelConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise UsageError(f"model config: {name} is {value!r}; it must be a positive integer")
+        for name in ("norm_eps", "rope_theta", "embed_scale"):
+            value = getattr(self, name)
+            if not (isinstance(value, (int, float)) and 0 < value < math.inf):
+                raise UsageError(f"model config: {name} is {value!r}; it must be a positive number")
         if self.n_head % self.n_kv_head:
             raise UsageError(f"model config: n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
         if self.head_dim % 2 and self.position == "rope":

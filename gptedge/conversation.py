@@ -15,6 +15,7 @@ from gptedge.runtime.generate import Chunks, Result, Stream, chunks
 from gptedge.runtime.kv_file import load_cache, save_cache
 from gptedge.runtime.prefixes import common_prefix
 from gptedge.text import check_scalars, checked_text
+from gptedge.tokenizer import Tokenizer
 from gptedge.turns import Messages, Turns
 
 if TYPE_CHECKING:
@@ -134,9 +135,11 @@ class Chat:
         Encoded anew, a reply can come out as other tokens than those the model chose.
         """
         prompt, (spoken, ids) = self._model.chat_prompt, self._spoken
-        if spoken and text.startswith(spoken):
-            return [*ids, *prompt.encode(text[len(spoken) :], continued=True)]
-        return prompt.encode(text)
+        kept, length = len(ids), len(spoken)
+        if not text.startswith(spoken):  # a question is changed, or answered anew
+            kept, length = _kept_tokens(self._model.tokenizer, ids, text)
+        rest = prompt.encode(text[length:], continued=kept > 0)
+        return [*ids[:kept], *rest]
 
     def _length_of_system(self, message: Mapping[str, str]) -> int:
         """Tokens of a prompt that are the system message's, whatever is asked after it."""
@@ -190,6 +193,20 @@ class Chat:
         if before is not None and self.messages != before:
             self._busy.release()
             raise UsageError(_GONE_ON)
+
+
+def _kept_tokens(tokenizer: Tokenizer, ids: list[int], text: str) -> tuple[int, int]:
+    """How many of `ids` begin `text`, and how much of it they are, up to a special token: behind one, text is encoded
+    as if nothing came before it."""
+    stream, kept, length, at = tokenizer.decode_stream(skip_special_tokens=False), 0, 0, 0
+    for i, token in enumerate(ids, 1):
+        piece = stream.step(token)
+        if not text.startswith(piece, at):
+            break
+        at += len(piece)
+        if token in tokenizer.special_ids:
+            kept, length = i, at
+    return kept, length
 
 
 def _checked_spoken(value: Any) -> tuple[str, list[int]]:

@@ -8,12 +8,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_HANGUP = (signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ()
+"""A terminal that is closed, a connection that is lost."""
+KILLS = (signal.SIGTERM, *_HANGUP)
+_SIGNALS = (signal.SIGINT, *KILLS)
 
 
 @contextmanager
 def interrupts_held() -> Iterator[None]:
-    """SIGINT and SIGTERM that arrive inside the block are handled at its end. Does nothing outside the main thread."""
+    """Ctrl+C and polite kills inside the block are handled at its end. Does nothing outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -32,8 +35,8 @@ def interrupts_held() -> Iterator[None]:
 def deferred_interrupt() -> Iterator[Callable[[], bool]]:
     """Ctrl+C is noted, not raised, so that no step is left half done; a second one is raised at once.
 
-    SIGTERM too, where Python handles it. Yields a function that says whether one came. Outside the main thread, where
-    no signals arrive, and in a program that ignores them, it never does.
+    Polite kills too, where Python handles them. Yields a function that says whether one came. Outside the main thread,
+    where no signals arrive, and in a program that ignores them, it never does.
     """
     came = False
 

@@ -6,11 +6,12 @@ So this module imports little: numpy and the session, which opening the graph wa
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gptedge.bundle import open_bundle
-from gptedge.errors import GptEdgeError
+from gptedge.errors import GptEdgeError, UsageError
 from gptedge.runtime.onnx_runtime import import_onnxruntime
 from gptedge.runtime.session import PREFILL_AT_LEAST, Session
 from gptedge.runtime.tuning import choose_threads
@@ -48,6 +49,8 @@ def load(
     Raises BundleError when the folder is not a whole bundle, MissingExtraError without onnxruntime,
     UsageError when threads is no number of them, or the profile none.
     """
+    if not isinstance(bundle, (str, PathLike)):
+        raise UsageError(f"the bundle is {repr(bundle)[:60]}; it must be a path")
     opened = open_bundle(Path(bundle))
     import_onnxruntime()  # here, where Ctrl+C can be held back meanwhile
     choice = choose_threads(opened, threads, None if profile is None else Path(profile), tuned=tune)

@@ -28,6 +28,7 @@ from gptedge.cli.settings import (
     wants_json,
 )
 from gptedge.errors import EXIT_INTERRUPTED, GateFailed, GptEdgeError, UsageError
+from gptedge.interrupts import KILLS
 
 # Each is a file in this folder with a function `command`; in the order of the help page.
 VERBS = (
@@ -84,7 +85,8 @@ def main(arguments: list[str] | None = None) -> int:
     as_json = "--json" in arguments or wants_json(verb, {})  # also where the file cannot be read
     if not arguments or arguments == ["--version"]:
         arguments = [*arguments, "doctor"] if arguments else ["--help"]
-    _end_like_an_interrupt(signal.SIGTERM)
+    for number in KILLS:
+        _end_like_an_interrupt(number)
     _write_utf8()
     try:
         tables = read_tables(VERBS)
@@ -178,5 +180,7 @@ def _end_like_an_interrupt(number: int) -> None:
     def interrupt(*_: object) -> NoReturn:
         raise KeyboardInterrupt
 
+    if signal.getsignal(number) == signal.SIG_IGN:  # by nohup, which is to outlive its terminal
+        return
     with suppress(ValueError):  # not the main thread: an embedding program keeps its own handlers
         signal.signal(number, interrupt)

@@ -138,6 +138,9 @@ def requested(
     bad = next((g for g in gates if not math.isfinite(g.bound)), None)
     if bad:
         raise UsageError(f"--{bad.name} is {bad.bound}; give a number")
+    never = next((g for g in gates if g.name in ("max-kld", "max-size-mb") and g.bound < 0), None)
+    if never:
+        raise UsageError(f"--{never.name} is {never.bound:g}; nothing is below 0")
     if baseline is None:
         return Gates(tuple(gates))
     earlier = _read_baseline(baseline)

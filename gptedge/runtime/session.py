@@ -33,6 +33,7 @@ from gptedge.graph_io import (
     past_names,
     present_names,
 )
+from gptedge.measure import give_back_freed
 from gptedge.runtime.adapter import Adapter, read_adapter
 from gptedge.runtime.fair_lock import FairLock
 from gptedge.runtime.kv_cache import KVCache
@@ -309,6 +310,7 @@ class Session:
         with self.lock:
             self._session = _Closed()
             self.__dict__["_prompt_graph"] = self._ahead = None
+        give_back_freed()
 
 
 _LOCKS, _PROCESS = weakref.WeakSet[FairLock](), os.getpid()

@@ -219,6 +219,8 @@ def test_wrong_numbers_are_found_by_verification(
         (["generate", "{bundle}", "hi", "--temperature", "-1"], 2, "temperature is -1.0"),
         (["generate", "{bundle}", "hi", "--max-tokens", "many"], 2, "many"),
         (["generate", "{bundle}", "hi", "--system", "x"], 2, "--system needs --chat"),
+        (["serve", "{bundle}", "--cors-origin", "foo"], 2, "the origin 'foo' is none"),
+        (["eval", "{bundle}", "--text", "{short}", "--max-kld", "-1"], 2, "nothing is below 0"),
         (["generate", "{bundle}", "hi", "--schema", "{short}"], 2, "is not JSON"),
         (["generate", "{bundle}", "hi", "--schema", "nowhere.json"], 1, "nowhere.json cannot be read"),
         (["generate", "nowhere", "hi"], 1, "nowhere does not exist"),
@@ -367,7 +369,7 @@ def test_full_disk(capsys: pytest.CaptureFixture[str], tiny_checkpoint: Path, sm
     assert list(small_disk.iterdir()) == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("verb", ["export", "quantize", "generate", "eval", "train"])
 def test_interrupt_at_any_stage(
     verb: str, number: signal.Signals, tiny_checkpoint: Path, tiny_bundle: Path, text_file: Path, tmp_path: Path
@@ -417,3 +419,26 @@ def test_torchruns_other_processes_leave_usage_errors_to_the_first(
         monkeypatch.setenv("RANK", rank)
         code, out, err = run(capsys, *arguments, "--out", tmp_path / "out")
         assert (code, out, err.count("\n")) == (2, "", lines)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "words"),
+    [
+        ("config.json", {"num_hidden_layers": -3}, "n_layer is -3; it must be a positive integer"),
+        ("config.json", {"rope_theta": float("nan")}, "rope_theta is nan; it must be a positive number"),
+        ("config.json", {"rms_norm_eps": 0}, "norm_eps is 0.0; it must be a positive number"),
+        ("generation_config.json", {"eos_token_id": 99999}, "eos_token_id is 99999; token ids go from 0 to"),
+        ("generation_config.json", {"eos_token_id": [0, "x"]}, "eos_token_id is [0, 'x']; token ids go from 0 to"),
+    ],
+)
+def test_a_checkpoints_numbers_are_checked(
+    name: str, changes: dict[str, object], words: str,
+    capsys: pytest.CaptureFixture[str], tiny_checkpoint: Path, tmp_path: Path,
+) -> None:  # fmt: skip
+    shutil.copytree(tiny_checkpoint, tmp_path / "m")
+    stated = json.loads((tmp_path / "m" / name).read_text()) if (tmp_path / "m" / name).exists() else {}
+    (tmp_path / "m" / name).write_text(json.dumps({**stated, **changes}))
+    code, out, err = run(capsys, "export", tmp_path / "m", tmp_path / "out")
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert words in err
+    assert str(tmp_path / "m") in err

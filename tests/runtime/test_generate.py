@@ -354,3 +354,29 @@ def test_a_readers_pauses_are_no_part_of_the_speed(model: gptedge.Model) -> None
         for _ in stream:
             time.sleep(0.1)
     assert stream.result.timings.decode_tokens_per_s > 15  # pauses alone would allow 10
+
+
+@pytest.mark.parametrize("change", ["regenerate", "edit"])
+def test_what_is_asked_again_keeps_its_very_tokens(model: gptedge.Model, change: str) -> None:
+    """Sampled replies are seldom what encoding their text anew would give; the history's tokens must not change."""
+    chat = model.chat(max_tokens=24, system="You tell stories, 漢字 too.", seed=3)
+    for question in ("Tell me.", "And émojis 🎉?", "Why?"):
+        chat.send(question, temperature=1.5)
+    first = chat.send("And then?", temperature=0)
+    if change == "edit":
+        chat.edit(-2, "And then?!")
+    with chat.regenerate(temperature=0) as stream:
+        for _ in stream:
+            pass
+    again = stream.result
+    assert again.timings.cached_tokens >= first.timings.cached_tokens
+    assert again.usage.prompt_tokens - again.timings.cached_tokens < 40
+    if change == "regenerate":
+        assert again.usage.prompt_tokens == first.usage.prompt_tokens
+        assert again.token_ids == first.token_ids
+
+
+def test_a_bundle_is_a_path() -> None:
+    for bundle in (None, 3, b"bundle"):
+        with pytest.raises(gptedge.UsageError, match="it must be a path"):
+            gptedge.load(bundle)  # type: ignore[arg-type]
