@@ -129,11 +129,11 @@ class _Compiler:
             raise UsageError(
                 f"schema: {at} refers to {_shown(place)}; references must stay within it and begin with #/"
             )
-        found = self._root
+        found: Any = self._root
         for part in place.split("/")[1:]:
             name = part.replace("~1", "/").replace("~0", "~")
             try:
-                found = found[int(name)] if isinstance(found, list) else found[name]  # type: ignore[index]
+                found = found[int(name)] if isinstance(found, list) else found[name]
             except (KeyError, IndexError, ValueError, TypeError):
                 raise UsageError(f"schema: {at} refers to {place}, which is not there") from None
         return found

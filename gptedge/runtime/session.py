@@ -175,12 +175,9 @@ class Session:
         """
         with self.lock:
             graph = self._prompt_graph if len(ids) > PREFILL_AT_LEAST and not cache.adapter else None
-        past, n_head = len(cache), self.signature.n_head
-        logits, parts = (
-            None,
-            _pieces(ids, past, n_head) if graph is None else [*_pieces(ids[:-1], past, n_head), ids[-1:]],
-        )
-        cache.reserve(min(past + len(ids), self.context_length), self.context_length)  # once, not piece by piece
+        read, last = (ids, []) if graph is None else (ids[:-1], [ids[-1:]])
+        logits, parts = None, [*_pieces(read, len(cache), self.signature.n_head), *last]
+        cache.reserve(min(len(cache) + len(ids), self.context_length), self.context_length)  # once, not for each piece
         for part in parts:
             if stop is not None and stop.is_set():
                 return None

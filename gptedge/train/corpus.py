@@ -205,12 +205,12 @@ def files_of(path: Path, is_wanted: Callable[[Path], bool], without: Path | None
     found = [file for file in shown if is_wanted(file)]
     if missing := next((file for file in found if not file.exists()), None):
         raise DataError(f"{missing} is a link to what is not there; mend it, or take it away")
-    if without is None or not without.resolve().is_relative_to(path.resolve()):
-        return found
-    left_out = path / without.resolve().relative_to(path.resolve())
-    if left_out == path:
+    left_out = None if without is None else without.resolve()
+    if left_out == path.resolve():
         raise UsageError(f"{path} is the folder of the data, and of the output too; choose another output")
-    return [file for file in found if left_out not in file.parents]
+    if left_out is None or left_out in path.resolve().parents:  # what is named within it is meant
+        return found
+    return [file for file in found if left_out not in file.resolve().parents]
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -221,8 +221,12 @@ def _walk(folder: Path) -> Iterator[Path]:
 
     seen = set[Path]()
     for here, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
-        seen.add(Path(here).resolve())
-        folders[:] = [name for name in sorted(folders) if Path(here, name).resolve() not in seen]
+        real = Path(here).resolve()
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
         yield from (Path(here, name) for name in files)
 
 

@@ -24,6 +24,7 @@ from gptedge.train.state import discard_after, latest_state, load_state
 from gptedge.train.trainer import OnMessage, Trainer, cut_metrics
 
 STATE, METRICS, RUN = "state", "metrics.jsonl", "run.json"
+TENSORBOARD, EVENTS = "tensorboard", "events.out.tfevents.*"
 
 Config = TypeVar("Config", bound=LoopConfig)
 
@@ -64,7 +65,7 @@ def begin_run(out: Path, config: LoopConfig, identity: Mapping[str, str], save: 
     """
     try:
         with writing(out, TrainingError, "make room there, or choose another output"):
-            for old in (out / METRICS, *(out / "tensorboard").glob("events.out.tfevents.*")):
+            for old in (out / METRICS, *(out / TENSORBOARD).glob(EVENTS)):
                 old.unlink(missing_ok=True)
             with new_folder(out / STATE, force=True) as folder:
                 save(folder)

@@ -19,10 +19,10 @@ from tensorboardX.summary import scalar
 
 from gptedge.errors import TrainingError
 from gptedge.files import writing
+from gptedge.train.output import EVENTS
 from gptedge.train.trainer import StepReport
 
 _FLUSH_S = 10
-EVENTS = "events.out.tfevents.*"
 _TAGS = {
     "loss/train": "loss",
     "loss/held_out": "val_loss",

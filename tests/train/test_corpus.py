@@ -197,6 +197,7 @@ def test_links_are_followed_and_none_twice(tmp_path: Path) -> None:
     (tmp_path / "other" / "c.txt").write_text("c")
     (tmp_path / "data" / "linked").symlink_to("../other")
     (tmp_path / "data" / "sub" / "back").symlink_to("..")
+    (tmp_path / "data" / "zzz").symlink_to("sub")
     found = files_of(tmp_path / "data", lambda file: True)
     assert [str(f.relative_to(tmp_path / "data")) for f in found] == ["a.txt", "linked/c.txt", "sub/b.txt"]
     (tmp_path / "data" / "gone.txt").symlink_to("nowhere")
@@ -231,3 +232,12 @@ def test_suffixes_count_in_either_case(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(gzip.compress(line) if name.lower().endswith(".gz") else line)
     for path in (tmp_path, tmp_path / name):
         assert "".join(piece.text for piece in Files([path])()) == "hello there"
+
+
+def test_the_outputs_folder_is_left_out_behind_a_link_too(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "other" / "out").mkdir(parents=True)
+    (tmp_path / "other" / "a.txt").write_text("a")
+    (tmp_path / "other" / "out" / "b.txt").write_text("b")
+    (tmp_path / "data" / "linked").symlink_to("../other")
+    assert documents(Files([tmp_path / "data"], without=tmp_path / "other" / "out")) == ["a"]
