@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from gptedge.bundle import GENAI_CONFIG, GRAPH, GRAPH_DATA, LORA, check_output, open_bundle, write_manifest
+from gptedge.chat_template import load_chat_template
 from gptedge.checkpoint import CONFIG, GENERATION_CONFIG, TOKENIZER, Checkpoint, weights_id
 from gptedge.config import ModelConfig
-from gptedge.errors import CheckpointError, UnsupportedModelError, UsageError
+from gptedge.errors import CheckpointError, TokenizerError, UnsupportedModelError, UsageError
 from gptedge.export import parity as parity_check
 from gptedge.export.decoder import build
 from gptedge.export.genai import genai_config
@@ -49,6 +50,8 @@ class ExportResult:
     peak_rss_mb: float
     parity: parity_check.Parity | None
     """None when verification was turned off."""
+    warnings: tuple[str, ...] = ()
+    """What will not work in the bundle, though its graph does."""
 
 
 def export(
@@ -98,6 +101,7 @@ def export(
         seconds=round(time.perf_counter() - start, 2),
         peak_rss_mb=peak_rss_mb(),
         parity=parity,
+        warnings=tuple(filter(None, [load_chat_template(Path(out)).problem])),
     )
 
 
@@ -209,6 +213,8 @@ def _check_tokenizer(where: Path, content: bytes | None, vocab_size: int) -> Non
         raise CheckpointError(f"{where} has no {TOKENIZER}; give one with --tokenizer FILE")
     try:
         tokenizer = Tokenizer.from_dict(json.loads(content))
+    except TokenizerError as e:
+        raise TokenizerError(f"the tokenizer of {where}: {e}") from None
     except ValueError as e:
         raise CheckpointError(f"{where / TOKENIZER} is not JSON: {e}") from None
     if tokenizer.vocab_size > vocab_size:

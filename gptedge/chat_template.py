@@ -45,13 +45,22 @@ class ChatTemplate:
         except Exception as e:  # a template is a program, and can fail in any way
             raise TokenizerError(f"the chat template refuses these messages: {e}") from None
 
+    @property
+    def problem(self) -> str | None:
+        """Why it cannot be read, if it cannot."""
+        try:
+            _ = self._compiled
+        except TokenizerError as e:
+            return str(e)
+        return None
+
     @cached_property
     def _compiled(self) -> Any:
         import jinja2
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _generation_tag()]
         )
         environment.filters["tojson"] = _to_json
         environment.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
@@ -59,6 +68,20 @@ class ChatTemplate:
             return environment.from_string(self._source)
         except jinja2.TemplateError as e:
             raise TokenizerError(f"the chat template cannot be read: {e}") from None
+
+
+def _generation_tag() -> Any:
+    """{% generation %} … {% endgeneration %} marks what is learned of an assistant; a prompt is the same without."""
+    from jinja2.ext import Extension
+
+    class Generation(Extension):
+        tags = {"generation"}  # noqa: RUF012  # jinja's own way
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    return Generation
 
 
 def load_chat_template(folder: Path) -> ChatTemplate:

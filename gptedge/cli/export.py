@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from gptedge.cli.common import Force, Json, SourceArgument, emit, needs, one_of, progress
+from gptedge.cli.common import Force, Json, SourceArgument, emit, needs, one_of, progress, say
 
 
 def command(
@@ -50,6 +50,8 @@ def command(
             force=force,
             report=report,
         )
+    for warning in result.warnings:
+        say(f"warning: {warning}; chats will be refused, plain text works")
     value = {**asdict(result), "bundle": str(result.bundle)}
     p = result.parity
     checked = "not verified" if p is None else (

@@ -6,11 +6,13 @@ import dataclasses
 import inspect
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 
+from gptedge.chat_template import ChatTemplate
 from gptedge.cli import generate, main
 from gptedge.config import SamplingParams
 from gptedge.export.parity import TOLERANCE
@@ -291,3 +293,25 @@ def test_a_recipe_that_needs_no_graph_for_prompts_says_so(
 ) -> None:
     assert main(["quantize", str(tiny_bundle), str(tmp_path / "q"), "--recipe", "int8", "--prefill", "int8"]) == 0
     assert "int8 reads prompts by 8-bit products itself" in capsys.readouterr().err
+
+
+def test_a_broken_chat_template_is_told_of(
+    capsys: pytest.CaptureFixture[str], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    """The bundle continues texts all the same."""
+    shutil.copytree(tiny_checkpoint, tmp_path / "m")
+    (tmp_path / "m" / "chat_template.jinja").write_text("{% for m in %}")
+    code, out, err = run(capsys, "export", tmp_path / "m", tmp_path / "out", "--json")
+    warning = "the chat template cannot be read: Expected an expression, got 'end of statement block'"
+    assert (code, json.loads(out)["warnings"]) == (0, [warning])
+    assert f"warning: {warning}; chats will be refused, plain text works\n" in err
+    assert run_json(capsys, "generate", tmp_path / "out", "The", "--max-tokens", "2")["usage"]["completion_tokens"] <= 2
+    assert run_json(capsys, "export", tiny_checkpoint, tmp_path / "good")["warnings"] == []
+
+
+def test_what_templates_mark_for_training_is_shown_as_it_is() -> None:
+    source = "{% for m in messages %}{% generation %}<{{ m['content'] }}>{% endgeneration %}{% endfor %}"
+    assert (
+        ChatTemplate(source, {}).render([{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}])
+        == "<a><b>"
+    )
