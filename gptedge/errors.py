@@ -55,6 +55,10 @@ class TokenizerError(GptEdgeError):
     pass
 
 
+class SchemaError(UsageError):
+    """No reply can follow the schema, or not as far as it is understood."""
+
+
 class ContextOverflowError(GptEdgeError):
     """`advice` is for who may change settings, which whoever sent the prompt may not."""
 

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gptedge.errors import UsageError
+from gptedge.errors import SchemaError
 from gptedge.grammar.json_schema import schema_term
-from gptedge.grammar.terms import END, NOTHING, Terms
+from gptedge.grammar.terms import END, NOTHING, Term, Terms
 from gptedge.tokenizer import Tokenizer
 
 Logits = npt.NDArray[np.float32]
@@ -48,14 +48,15 @@ class Vocabulary:
 class Grammar:
     """A schema's language over one vocabulary. May be shared by threads."""
 
-    def __init__(self, schema: Mapping[str, Any] | bool, vocabulary: Vocabulary) -> None:
-        self._terms, self._vocabulary, self._lock = Terms(), vocabulary, threading.Lock()
+    def __init__(self, terms: Terms, texts: Term, vocabulary: Vocabulary) -> None:
+        """`texts` is the language, one of `terms`."""
+        self._terms, self._vocabulary, self._lock = terms, vocabulary, threading.Lock()
         self._states: dict[int, State] = {}
         self._term_of: list[int] = []
         self._table = np.zeros((64, 256), np.int32)
         self._masks: OrderedDict[State, npt.NDArray[np.int64]] = OrderedDict()
         self._state(NOTHING)
-        self.start = self._state(schema_term(self._terms, schema))
+        self.start = self._state(texts)
 
     def _state(self, term: int) -> State:
         if term not in self._states:
@@ -138,7 +139,7 @@ class TokenConstraint:
         return self._grammar.after(self._state, token) != _DEAD
 
     def limit(self, logits: Logits) -> Logits:
-        """Logits [vocab_size] with those of tokens that may not come at minus infinity. Raises UsageError when the
+        """Logits [vocab_size] with those of tokens that may not come at minus infinity. Raises SchemaError when the
         vocabulary has none that may."""
         limited = np.full_like(logits, -np.inf)
         allowed = self._grammar.allowed(self._state)
@@ -146,7 +147,7 @@ class TokenConstraint:
         if self._grammar.may_end(self._state):
             limited[self._eos_ids] = logits[self._eos_ids]
         elif not len(allowed):
-            raise UsageError("no token of this model's vocabulary can go on with the reply as the schema asks")
+            raise SchemaError("no token of this model's vocabulary can go on with the reply as the schema asks")
         return limited
 
     def take(self, token: int) -> None:
@@ -161,17 +162,19 @@ _making = threading.Lock()
 
 
 def grammar_of(schema: Mapping[str, Any] | bool, tokenizer: Tokenizer) -> Grammar:
-    """The schema's grammar, of which the last few are kept. Raises UsageError as `schema_term` does."""
+    """The schema's grammar, of which the last few are kept. Raises SchemaError as `schema_term` does."""
     try:
         key = json.dumps(schema, sort_keys=False)
     except (TypeError, ValueError, RecursionError) as e:
-        raise UsageError(f"schema is not JSON: {e}") from None
+        raise SchemaError(f"schema is not JSON: {e}") from None
     with _making:
         kept = _grammars.setdefault(tokenizer, OrderedDict())
         if key not in kept:
+            terms = Terms()
+            texts = schema_term(terms, schema)
             if tokenizer not in _vocabularies:
                 _vocabularies[tokenizer] = Vocabulary(tokenizer)
-            kept[key] = Grammar(schema, _vocabularies[tokenizer])
+            kept[key] = Grammar(terms, texts, _vocabularies[tokenizer])
             if len(kept) > _KEPT_GRAMMARS:
                 kept.popitem(last=False)
         kept.move_to_end(key)

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
-from gptedge.errors import UsageError
+from gptedge.errors import SchemaError
 from gptedge.grammar.characters import ANY, any_character, character
 from gptedge.grammar.numbers import Bound, Numbers
 from gptedge.grammar.pattern import pattern_term
@@ -56,16 +56,16 @@ Schema = Mapping[str, Any]
 
 
 def schema_term(terms: Terms, schema: Schema | bool) -> Term:
-    """JSON texts of values that `schema` allows. Raises UsageError where it cannot be read, or allows none."""
+    """JSON texts of values that `schema` allows. Raises SchemaError where it cannot be read, or allows none."""
     compiler = _Compiler(terms, schema)
     try:
         value = compiler.value(schema, _ROOT)
     except RecursionError:
-        raise UsageError("schema: it is nested too deeply") from None
+        raise SchemaError("schema: it is nested too deeply") from None
     if name := terms.going_in_circles():
-        raise UsageError(f"schema: {name} refers to itself before anything is said")
+        raise SchemaError(f"schema: {name} refers to itself before anything is said")
     if value == NOTHING or (name := terms.without_end()):
-        raise UsageError(f"schema: no finite value can satisfy {_ROOT if value == NOTHING else name}")
+        raise SchemaError(f"schema: no finite value can satisfy {_ROOT if value == NOTHING else name}")
     return terms.seq(compiler.gap, value)
 
 
@@ -99,10 +99,10 @@ class _Compiler:
         if schema is False:
             return NOTHING
         if not isinstance(schema, Mapping):
-            raise UsageError(f"schema: {at} is {_shown(schema)}; it must be an object, true or false")
+            raise SchemaError(f"schema: {at} is {_shown(schema)}; it must be an object, true or false")
         for name in schema:
             if name in _UNSUPPORTED and (name not in _IDLE or schema[name] != _IDLE[name]):
-                raise UsageError(f"schema: {at} has {name}, which is not supported")
+                raise SchemaError(f"schema: {at} has {name}, which is not supported")
         if "$ref" in schema:
             return self._referred(schema, at)
         if "allOf" in schema:
@@ -117,7 +117,7 @@ class _Compiler:
     def _referred(self, schema: Schema, at: str) -> Term:
         place = schema["$ref"]
         if others := sorted(set(schema) & (_TYPES_BY_KEYWORD.keys() | {"type", "enum", "const", "anyOf", "allOf"})):
-            raise UsageError(f"schema: {at} has {others[0]} beside $ref, which is not supported")
+            raise SchemaError(f"schema: {at} has {others[0]} beside $ref, which is not supported")
         target = self._find(place, at)
         if place not in self._done:
             self._done[place] = self._terms.later(place)
@@ -126,7 +126,7 @@ class _Compiler:
 
     def _find(self, place: Any, at: str) -> Any:
         if not isinstance(place, str) or not (place == _ROOT or place.startswith("#/")):
-            raise UsageError(
+            raise SchemaError(
                 f"schema: {at} refers to {_shown(place)}; references must stay within it and begin with #/"
             )
         found: Any = self._root
@@ -135,7 +135,7 @@ class _Compiler:
             try:
                 found = found[int(name)] if isinstance(found, list) else found[name]
             except (KeyError, IndexError, ValueError, TypeError):
-                raise UsageError(f"schema: {at} refers to {place}, which is not there") from None
+                raise SchemaError(f"schema: {at} refers to {place}, which is not there") from None
         return found
 
     def _merged(self, schema: Schema, at: str) -> dict[str, Any]:
@@ -145,24 +145,24 @@ class _Compiler:
             while isinstance(part, Mapping) and set(part) == {"$ref"}:
                 part = self._find(part["$ref"], f"{at}/allOf/{i}")
             if not isinstance(part, Mapping):
-                raise UsageError(f"schema: {at}/allOf/{i} is {_shown(part)}; it must be an object")
+                raise SchemaError(f"schema: {at}/allOf/{i} is {_shown(part)}; it must be an object")
             for name, value in (self._merged(part, f"{at}/allOf/{i}") if "allOf" in part else part).items():
                 if name == "properties" and isinstance(made.get(name), Mapping):
                     made[name] = {**made[name], **value}
                 elif name == "required" and name in made:
                     made[name] = [*made[name], *value]
                 elif name in made and name in (_TYPES_BY_KEYWORD.keys() | {"type"}) and made[name] != value:
-                    raise UsageError(f"schema: {at} has {name} twice within allOf, which is not supported")
+                    raise SchemaError(f"schema: {at} has {name} twice within allOf, which is not supported")
                 else:
                     made[name] = value
         return made
 
     def _any_of(self, schema: Schema, name: str, at: str) -> Term:
         if others := sorted(set(schema) & (_TYPES_BY_KEYWORD.keys() | {"enum", "const"})):
-            raise UsageError(f"schema: {at} has {others[0]} beside {name}, which is not supported; put it into each")
+            raise SchemaError(f"schema: {at} has {others[0]} beside {name}, which is not supported; put it into each")
         options = self._listed(schema[name], f"{at}/{name}")
         if not all(self._states(option, schema.get("type"), at) for option in options):
-            raise UsageError(f"schema: {at} has type beside {name}, which is not supported; put it into each")
+            raise SchemaError(f"schema: {at} has type beside {name}, which is not supported; put it into each")
         return self._terms.either(*(self.value(option, f"{at}/{name}/{i}") for i, option in enumerate(options)))
 
     def _states(self, option: Any, kind: Any, at: str) -> bool:
@@ -181,7 +181,7 @@ class _Compiler:
         kinds = schema.get("type", sorted({_TYPES_BY_KEYWORD[n] for n in schema if n in _TYPES_BY_KEYWORD}))
         kinds = [kinds] if isinstance(kinds, str) else kinds
         if not isinstance(kinds, list) or not all(kind in _TYPES for kind in kinds):
-            raise UsageError(f"schema: {at} has the type {_shown(kinds)}; known are {', '.join(_TYPES)}")
+            raise SchemaError(f"schema: {at} has the type {_shown(kinds)}; known are {', '.join(_TYPES)}")
         if not kinds:
             return self._anything
         return self._terms.either(*(getattr(self, f"_{kind}")(schema, at) for kind in kinds))
@@ -219,11 +219,11 @@ class _Compiler:
         if pattern is None:
             return self._quoted(t.repeat(any_character(t), least, most))
         if not isinstance(pattern, str):
-            raise UsageError(f"schema: {at}/pattern is {_shown(pattern)}; it must be a string")
+            raise SchemaError(f"schema: {at}/pattern is {_shown(pattern)}; it must be a string")
         try:
             content = pattern_term(t, pattern)
-        except UsageError as e:
-            raise UsageError(f"schema: {at}: {e}") from None
+        except SchemaError as e:
+            raise SchemaError(f"schema: {at}: {e}") from None
         if least or most is not None:
             content = t.both(content, t.repeat(character(t, ANY), least, most))
         return self._quoted(content)
@@ -261,7 +261,7 @@ class _Compiler:
     def _object(self, schema: Schema, at: str) -> Term:
         properties, required = schema.get("properties", {}), schema.get("required", [])
         if not isinstance(properties, Mapping) or not isinstance(required, list):
-            raise UsageError(f"schema: {at} must have properties that are an object, and required that is a list")
+            raise SchemaError(f"schema: {at} must have properties that are an object, and required that is a list")
         others = schema.get("additionalProperties", not properties and not required)
         missing = [name for name in required if name not in properties]
         declared = {**properties, **dict.fromkeys(missing, schema.get("additionalProperties", True))}
@@ -312,16 +312,16 @@ class _Compiler:
         for name in (least, most):
             value = schema.get(name, 0)
             if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _MOST_ITEMS:
-                raise UsageError(
+                raise SchemaError(
                     f"schema: {at}/{name} is {_shown(value)}; it must be a whole number up to {_MOST_ITEMS}"
                 )
         if schema.get(most, _MOST_ITEMS) < schema.get(least, 0):
-            raise UsageError(f"schema: {at} has {most} below {least}")
+            raise SchemaError(f"schema: {at} has {most} below {least}")
         return schema.get(least, 0), schema.get(most)
 
     def _listed(self, value: Any, at: str) -> list[Any]:
         if not isinstance(value, list) or not value:
-            raise UsageError(f"schema: {at} is {_shown(value)}; it must be a list that is not empty")
+            raise SchemaError(f"schema: {at} is {_shown(value)}; it must be a list that is not empty")
         return value
 
 
@@ -329,12 +329,12 @@ def _json(value: Any) -> bytes:
     try:
         return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
     except ValueError as e:  # NaN, or half of a surrogate pair
-        raise UsageError(f"schema: {_shown(value)} cannot be written as JSON: {e}") from None
+        raise SchemaError(f"schema: {_shown(value)} cannot be written as JSON: {e}") from None
 
 
 def _decimal(value: Any, at: str) -> Decimal:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value or abs(value) > 1e15:
-        raise UsageError(f"schema: {at} is {_shown(value)}; it must be a number between -1e15 and 1e15")
+        raise SchemaError(f"schema: {at} is {_shown(value)}; it must be a number between -1e15 and 1e15")
     return Decimal(repr(value))
 
 

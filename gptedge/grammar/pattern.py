@@ -6,7 +6,7 @@ Does not: references back, looking ahead or behind, word boundaries, properties 
 
 from __future__ import annotations
 
-from gptedge.errors import UsageError
+from gptedge.errors import SchemaError
 from gptedge.grammar.characters import ANY, Ranges, character, complement, union
 from gptedge.grammar.terms import END, Term, Terms
 
@@ -24,7 +24,7 @@ _MOST_REPEATS = 10_000
 
 
 def pattern_term(terms: Terms, pattern: str) -> Term:
-    """Strings in which `pattern` is found, as they stand between quotes. Raises UsageError where it cannot be read."""
+    """Strings in which `pattern` is found, as they stand between quotes. Raises SchemaError where it cannot be read."""
     return _Parser(terms, pattern).parse()
 
 
@@ -39,8 +39,8 @@ class _Parser:
             raise self._error("a ) without its (")
         return term
 
-    def _error(self, what: str) -> UsageError:
-        return UsageError(f"the pattern {self._pattern!r} has {what} at character {self._at + 1}")
+    def _error(self, what: str) -> SchemaError:
+        return SchemaError(f"the pattern {self._pattern!r} has {what} at character {self._at + 1}")
 
     def _peek(self) -> str:
         return self._pattern[self._at : self._at + 1]

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
-from gptedge.errors import UsageError
+from gptedge.errors import SchemaError
 
 Term = int
 NOTHING: Term = 0
@@ -27,7 +27,7 @@ _MOST_TERMS = 500_000
 
 
 class Terms:
-    """Makes terms, and remembers them. Raises UsageError where they become too many."""
+    """Makes terms, and remembers them. Raises SchemaError where they become too many."""
 
     def __init__(self) -> None:
         self._nodes: list[tuple[Any, ...]] = []
@@ -42,7 +42,7 @@ class Terms:
     def _number(self, *node: Any, ends: bool) -> Term:
         if node not in self._numbers:
             if len(self._nodes) >= _MOST_TERMS:
-                raise UsageError("the schema is too complicated: simplify its patterns and counts")
+                raise SchemaError("the schema is too complicated: simplify its patterns and counts")
             self._numbers[node] = len(self._nodes)
             self._nodes.append(node)
             self._ends.append(ends)

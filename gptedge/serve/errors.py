@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from gptedge.errors import ContextOverflowError, DataError, GptEdgeError, TokenizerError, UsageError
+from gptedge.errors import ContextOverflowError, DataError, GptEdgeError, SchemaError, TokenizerError, UsageError
 from gptedge.serve.settings import RETRY_AFTER_S
 
 
@@ -51,6 +51,8 @@ def closing() -> ApiError:
 
 def about_prompt(error: GptEdgeError, param: str) -> ApiError:
     """What the model said of a prompt that it cannot take."""
+    if isinstance(error, SchemaError):
+        return invalid(str(error), "response_format.json_schema.schema")
     if isinstance(error, ContextOverflowError):
         return invalid(error.problem, param, "context_length_exceeded")
     if isinstance(error, (UsageError, DataError, TokenizerError)):

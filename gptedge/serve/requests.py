@@ -14,8 +14,6 @@ from typing import Any
 
 from gptedge.config import SamplingParams
 from gptedge.errors import UsageError
-from gptedge.grammar.json_schema import schema_term
-from gptedge.grammar.terms import Terms
 from gptedge.serve.errors import ApiError, invalid
 from gptedge.serve.settings import MAX_STOP_STRINGS, MAX_TOP_LOGPROBS
 
@@ -192,10 +190,6 @@ def _response_format(body: Body) -> dict[str, Any]:
     described = value.get("json_schema")
     if not isinstance(described, dict) or not isinstance(described.get("schema"), dict):
         raise invalid(f"{name}.json_schema must be an object with a schema", f"{name}.json_schema")
-    try:
-        schema_term(Terms(), described["schema"])
-    except UsageError as e:
-        raise invalid(str(e), f"{name}.json_schema.schema") from None
     return {"schema": described["schema"]}
 
 

@@ -17,6 +17,8 @@ from gptedge.config import SamplingParams
 from gptedge.errors import UsageError
 from gptedge.grammar import constraint as constraint_module
 from gptedge.grammar.constraint import Grammar, TokenConstraint, Vocabulary, grammar_of
+from gptedge.grammar.json_schema import schema_term
+from gptedge.grammar.terms import Terms
 from gptedge.model import Model
 from gptedge.runtime.sampling import Sampler
 from gptedge.tokenizer import Tokenizer
@@ -44,6 +46,11 @@ def vocabulary(model: Model) -> Vocabulary:
     return Vocabulary(model.tokenizer)
 
 
+def made_of(schema: Any, vocabulary: Vocabulary) -> Grammar:
+    terms = Terms()
+    return Grammar(terms, schema_term(terms, schema), vocabulary)
+
+
 def walked(grammar: Grammar, text: bytes) -> int:
     state = grammar.start
     for byte in text:
@@ -52,7 +59,7 @@ def walked(grammar: Grammar, text: bytes) -> int:
 
 
 def test_tokens_that_may_come_are_those_that_go_on(model: Model, vocabulary: Vocabulary) -> None:
-    grammar, text = Grammar(SCHEMA, vocabulary), WHOLE.encode()
+    grammar, text = made_of(SCHEMA, vocabulary), WHOLE.encode()
     for cut in range(len(text) + 1):
         state = walked(grammar, text[:cut])
         going_on = [i for i in range(model.tokenizer.vocab_size) if grammar.after(state, i)]
@@ -63,7 +70,7 @@ def test_tokens_that_may_come_are_those_that_go_on(model: Model, vocabulary: Voc
 
 
 def test_every_tokenization_of_a_whole_text_may_come(model: Model, vocabulary: Vocabulary) -> None:
-    constraint = TokenConstraint(Grammar(SCHEMA, vocabulary), model.bundle.eos_ids)
+    constraint = TokenConstraint(made_of(SCHEMA, vocabulary), model.bundle.eos_ids)
     for token in model.tokenizer.encode(WHOLE):
         assert constraint.allows(token)
         assert not constraint.is_whole
@@ -74,7 +81,7 @@ def test_every_tokenization_of_a_whole_text_may_come(model: Model, vocabulary: V
 
 
 def test_a_text_that_could_go_on_may_end_too(model: Model, vocabulary: Vocabulary) -> None:
-    constraint = TokenConstraint(Grammar({"type": "integer"}, vocabulary), model.bundle.eos_ids)
+    constraint = TokenConstraint(made_of({"type": "integer"}, vocabulary), model.bundle.eos_ids)
     logits = np.zeros(model.session.vocab_size, np.float32)
     eos = sorted(model.bundle.eos_ids)
     assert np.isneginf(constraint.limit(logits)[eos]).all()
@@ -150,7 +157,7 @@ def test_two_replies_share_a_grammar(model: Model) -> None:
 
 def test_what_is_allowed_keeps_its_proportions(model: Model, vocabulary: Vocabulary) -> None:
     """Sampling is from the model's own distribution, given that the token may come."""
-    grammar = Grammar({"enum": [1, 2, 3]}, vocabulary)
+    grammar = made_of({"enum": [1, 2, 3]}, vocabulary)
     ids = [model.tokenizer.encode(str(n))[0] for n in (1, 2, 3)]
     logits = np.full(model.session.vocab_size, 5.0, np.float32)
     logits[ids] = np.log([0.5, 0.3, 0.2])
@@ -207,7 +214,7 @@ def test_only_the_last_grammars_are_kept(model: Model, monkeypatch: pytest.Monke
 
 def test_many_states_make_room(model: Model, vocabulary: Vocabulary) -> None:
     """A string of up to 500 characters has a state for each of them, and more."""
-    grammar = Grammar({"type": "string", "maxLength": 500}, vocabulary)
+    grammar = made_of({"type": "string", "maxLength": 500}, vocabulary)
     state = walked(grammar, b'"' + b"x" * 500)
     assert grammar.allowed(state).tolist() == [
         i for i in grammar.allowed(state) if grammar.is_whole(grammar.after(state, i))
