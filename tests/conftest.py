@@ -16,6 +16,7 @@ import pytest
 from gptedge.checkpoint import TOKENIZER, TOKENIZER_CONFIG, write_checkpoint
 from gptedge.config import ModelConfig
 from gptedge.families import tensor_shapes
+from gptedge.runtime.generate import Result, Stream
 from gptedge.tokenizer import Tokenizer, train_bpe
 
 END, USER, ASSISTANT = "<|end|>", "<|user|>", "<|assistant|>"
@@ -151,6 +152,13 @@ def _with_small_cache(bundle: Path, recipe: str) -> Path:
 
     out = bundle.parent / f"{recipe}-kv"
     return out if out.exists() else quantize(bundle, out, recipe=recipe, kv="int8").bundle
+
+
+def read_to_end(stream: Stream) -> Result:
+    """A reply, read to its end."""
+    for _ in stream:
+        pass
+    return stream.result
 
 
 def prepared_prompts(vocab_size: int, count: int) -> list[list[int]]:

@@ -176,9 +176,9 @@ def test_the_best_of_a_resumed_run_is_the_whole_runs() -> None:
     """Measured before this session, and told with every step."""
     view = View("train mine")
     view.add(report(120, val_loss=3.3, best_val_loss=1.7, best_step=60))
-    console = Console(file=io.StringIO(), width=100, height=30)
-    console.print(view)
-    assert "best 1.700 at 60" in console.file.getvalue()  # type: ignore[attr-defined]
+    shown = io.StringIO()
+    Console(file=shown, width=100, height=30).print(view)
+    assert "best 1.700 at 60" in shown.getvalue()
 
 
 def test_samples_command_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:

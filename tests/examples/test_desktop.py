@@ -59,7 +59,7 @@ def test_what_goes_wrong_is_an_event(program: ModuleType, tmp_path: Path) -> Non
 def test_the_window_asks_and_shows(program: ModuleType, adapted: Path) -> None:
     try:
         window = program.Window(str(adapted / "bundle"))
-    except tkinter.TclError as e:
+    except tkinter.TclError as e:  # what tkinter says where there is no screen; the tests above need none
         pytest.skip(f"no display: {e}")
     try:
         wait(window, lambda: str(window.question["state"]) == "normal")

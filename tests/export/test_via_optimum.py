@@ -19,7 +19,7 @@ import gptedge.quantize
 from gptedge import safetensors
 from gptedge.checkpoint import TOKENIZER, TOKENIZER_CONFIG
 from gptedge.cli import main
-from tests.conftest import END, TEMPLATE, TEXT, make_tokenizer
+from tests.conftest import END, TEMPLATE, TEXT, make_tokenizer, read_to_end
 from tests.logits import VOCAB_SIZE, assert_close, ids_of, logits_in_pieces, logits_of
 
 pytestmark = pytest.mark.slow
@@ -193,11 +193,7 @@ def test_chat_of_several_turns(bundle: Path) -> None:
         edited.edit(-2, "how?")
         anew = edited.fork()
         anew._cache.truncate(0)
-        replies = []
-        for each in (edited, anew):
-            with each.regenerate() as stream:
-                list(stream)
-            replies.append(stream.result)
+        replies = [read_to_end(each.regenerate()) for each in (edited, anew)]
         assert replies[0].token_ids == replies[1].token_ids
         assert replies[0].timings.cached_tokens > replies[1].timings.cached_tokens == 0
 

@@ -24,7 +24,7 @@ from gptedge.runtime.kv_cache import KVCache
 from gptedge.runtime.session import Session
 from gptedge.tokenizer import Tokenizer
 from tests.cli.run import run, run_json
-from tests.conftest import TEXT
+from tests.conftest import TEXT, read_to_end
 
 
 @pytest.fixture(scope="module")
@@ -188,12 +188,9 @@ def test_chats_fork_and_edit(float_small_cache_bundle: Path) -> None:
             chat.send(question)
         twin = chat.fork()
         twin.edit(2, "three")
-        fresh, results = twin.fork(), []
+        fresh = twin.fork()
         fresh._cache.truncate(0)
-        for each in (twin, fresh):
-            with each.regenerate() as stream:
-                list(stream)
-            results.append(stream.result)
+        results = [read_to_end(each.regenerate()) for each in (twin, fresh)]
         assert results[0].token_ids == results[1].token_ids
         assert results[0].timings.cached_tokens > results[1].timings.cached_tokens == 0
         twin = chat.fork()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -377,6 +378,7 @@ def test_what_is_asked_again_keeps_its_very_tokens(model: gptedge.Model, change:
 
 
 def test_a_bundle_is_a_path() -> None:
-    for bundle in (None, 3, b"bundle"):
+    others: list[Any] = [None, 3, b"bundle"]
+    for bundle in others:
         with pytest.raises(gptedge.UsageError, match="it must be a path"):
-            gptedge.load(bundle)  # type: ignore[arg-type]
+            gptedge.load(bundle)
