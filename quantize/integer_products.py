@@ -4,7 +4,10 @@
 
 From a few rows on they overtake MatMulNBits, most of all on processors with dot products of bytes (see
 benchmarks/LOG.md). A token's scale depends on nothing but that token, as in SmoothQuant (Xiao et al. 2022,
-arXiv:2211.10438), so a text gives the same numbers however it is cut into runs.
+arXiv:2211.10438), so a text gives the same numbers however it is cut into runs. So it does with one step for all
+tokens, measured beforehand (static quantization), which takes no pass over activations but the rounding:
+
+    x ── steps around 128, uint8 ── product ── y
 
 Weights rest as signed bytes, which such processors multiply fastest with unsigned activations. All others of the x86
 family add two such products in saturating 16 bits, which is wrong, and those of two unsigned bytes exactly. So each
@@ -21,7 +24,7 @@ factor of a token need not be multiplied in where the next product's rounding di
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +36,14 @@ from onnx import NodeProto, TensorProto, helper
 from gptedge.bundle import signed
 from gptedge.onnx_file import MICROSOFT, save_graph
 
-_MIDDLE, _LARGEST = 128, 127
+_MIDDLE = 128
+LARGEST = 127
+"""Steps from the middle to the largest value."""
 _TINY = np.finfo(np.float32).tiny
 _AXIS, _STEP, _ZERO_POINT = "integers.axis", "integers.step", "integers.middle"
 _LARGEST_OF, _FACTOR_OF = ".largest", ".factor"
+_STEP_ROLE = "step"
+"""Of the initializer that holds the one step of all tokens."""
 _UNSIGNED = ".unsigned"
 _OPERATOR = "MatMulIntegerToFloat"
 
@@ -52,32 +59,35 @@ class Columns:
     """[K, N]."""
     scales: npt.NDArray[np.float32]
     """[N]."""
+    step: float | None = None
+    """That all activations are rounded by; None where each token has its own."""
 
     @classmethod
-    def of(cls, weight: npt.NDArray[Any]) -> Columns:
+    def of(cls, weight: npt.NDArray[Any], step: float | None = None) -> Columns:
         """Round [N, K] to the nearest; cutting off a range of 255 steps never paid."""
         rows = np.asarray(weight, np.float32)
-        scales = np.maximum(np.abs(rows).max(1), _TINY) / _LARGEST
-        integers = np.clip(np.rint(rows / scales[:, None]), -_LARGEST, _LARGEST)
-        return cls(np.ascontiguousarray(integers.T.astype(np.int8)), scales)
+        scales = np.maximum(np.abs(rows).max(1), _TINY) / LARGEST
+        integers = np.clip(np.rint(rows / scales[:, None]), -LARGEST, LARGEST)
+        return cls(np.ascontiguousarray(integers.T.astype(np.int8)), scales, step)
 
     def arrays(self, parts: Sequence[str] = WHOLE) -> dict[str, npt.NDArray[Any]]:
-        """By role; in the same order as `roles` gives them."""
+        """By role: `roles` of such parts, and a step's where there is one."""
         columns, scales = np.split(self.columns, len(parts), axis=1), np.split(self.scales, len(parts))
         arrays = (np.ascontiguousarray(a) for pair in zip(columns, scales, strict=True) for a in pair)
-        return dict(zip(roles(parts), arrays, strict=True))
+        made = dict(zip(roles(parts), arrays, strict=True))
+        return made if self.step is None else made | {_STEP_ROLE: np.array([self.step], np.float32)}
 
 
 def roles(parts: Sequence[str] = WHOLE) -> list[str]:
-    """Of the initializers of a product in such parts: fields of `Columns`, behind what a part's begin with."""
-    return [part + field.name for part in parts for field in fields(Columns)]
+    """Of the initializers that a product has for each of such parts: its columns and their scales."""
+    return [part + kind for part in parts for kind in ("columns", "scales")]
 
 
 def constants() -> list[TensorProto]:
     """What every product of a graph reads."""
     values: dict[str, npt.NDArray[Any]] = {
         _AXIS: np.array([-1]),
-        _STEP: np.array(1 / _LARGEST, np.float32),
+        _STEP: np.array(1 / LARGEST, np.float32),
         _ZERO_POINT: np.array(_MIDDLE, np.uint8),
     }
     return [onnx.numpy_helper.from_array(value, name) for name, value in values.items()]
@@ -93,21 +103,23 @@ def unsigned(columns: str) -> Iterator[NodeProto]:
 def product(node: NodeProto, names: Mapping[str, str], outputs: Mapping[str, str]) -> Iterator[NodeProto]:
     """What stands in for a float product `node`: `outputs` has what each part of it makes, `names` by role what it
     reads. A token of zeros gives zeros, because what 0 / 0 is rounded to is multiplied by 0."""
-    x, name = node.input[0], node.name
+    x, name, static = node.input[0], node.name, names.get(_STEP_ROLE)
+    step = static or _STEP
     steps: tuple[tuple[str, list[str], str, dict[str, Any]], ...] = (
         ("Abs", [x], "abs", {}),
         ("ReduceMax", [f"{name}.abs", _AXIS], "largest", {"keepdims": 1}),
         ("Div", [x, f"{name}{_LARGEST_OF}"], "part", {}),
-        ("QuantizeLinear", [f"{name}.part", _STEP, _ZERO_POINT], "rounded", {}),
+        ("QuantizeLinear", [x if static else f"{name}.part", step, _ZERO_POINT], "rounded", {}),
     )
-    for kind, inputs, output, attributes in steps:
+    for kind, inputs, output, attributes in steps[-1:] if static else steps:
         yield helper.make_node(kind, inputs, [f"{name}.{output}"], name=f"{name}.{output}", **attributes)
     for part, output in outputs.items():
         columns, scales = (names[role] for role in roles([part]))
-        factors = [f"{name}.rounded", columns + _UNSIGNED, _STEP, scales, _ZERO_POINT, _ZERO_POINT]
+        factors = [f"{name}.rounded", columns + _UNSIGNED, step, scales, _ZERO_POINT, _ZERO_POINT]
         made, last = f"{name}.{part}product", f"{name}.{part}".removesuffix(".")
-        yield helper.make_node(_OPERATOR, factors, [made], name=made, domain=MICROSOFT)
-        yield helper.make_node("Mul", [made, f"{name}{_LARGEST_OF}"], [output], name=last)
+        yield helper.make_node(_OPERATOR, factors, [output if static else made], name=made, domain=MICROSOFT)
+        if not static:
+            yield helper.make_node("Mul", [made, f"{name}{_LARGEST_OF}"], [output], name=last)
 
 
 def nodes_of(name: str) -> list[str]:
@@ -137,7 +149,8 @@ def _defer_factors(graph: onnx.GraphProto) -> None:
     late: dict[str, list[NodeProto]] = {}
     for rounded in dict.fromkeys(node.input[0] for node in graph.node if node.op_type == _OPERATOR):
         name = rounded.removesuffix(".rounded")
-        gated = makers.get(makers[f"{name}.part"].input[0])  # what is divided by its largest
+        divided = makers.get(f"{name}.part")
+        gated = makers.get(divided.input[0]) if divided else None
         scaled = _right_factor(gated, makers) if gated is not None and len(readers[gated.output[0]]) == 2 else None
         if gated is None or scaled is None or not _is_scaling(scaled) or len(readers[scaled.output[0]]) > 1:
             continue

@@ -8,6 +8,7 @@ the bundle's, whose bytes both graphs read from one file; gains and biases are t
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,15 +22,14 @@ from gptedge.onnx_file import WeightFile
 from gptedge.quantize import integer_products
 from gptedge.quantize.integer_products import Columns
 from gptedge.quantize.passes import Target, find_targets, replacements
-from gptedge.quantize.recipes import WHOLE_ROWS, Group, Recipe, Scheme
+from gptedge.quantize.recipes import INTEGER_LAYERS, Recipe
 from gptedge.quantize.smooth import smoothed
 from gptedge.quantize.walk import Read, Walk
 
 PREFILLS = ("int8",)
 """What `quantize --prefill` takes."""
 
-_SCHEME = Scheme(8, WHOLE_ROWS, symmetric=True, steps=1)
-_LAYERS = Recipe("the layers' products", (Group("blocks.*", _SCHEME, smooth=True),))
+_LAYERS = Recipe("the layers' products", tuple(replace(g, match=f"blocks.{g.match}") for g in INTEGER_LAYERS))
 
 
 def gains(targets: Iterable[Target]) -> bool:
@@ -60,11 +60,14 @@ def write_prefill(
         vectors = {t.name for t in source.graph.initializer if len(t.dims) == 1}  # of which training may change some
         own = sorted(smoothing.changed(targets) | vectors)
         made = [file.add(name, [smoothing.read(initializers[name])]) for name in own]
+        names: dict[str, dict[str, str]] = {}
         for target in targets:
-            arrays = Columns.of(smoothing.read(initializers[target.weight])).arrays(target.parts)
-            made += [file.add(_name(target, role), [array]) for role, array in arrays.items()]
+            weight = smoothing.read(initializers[target.weight])
+            arrays = Columns.of(weight, smoothing.steps.get(target.weight)).arrays(target.parts)
+            names[target.weight] = {role: f"{target.weight}.prefill.{role}" for role in arrays}
+            made += [file.add(names[target.weight][role], [array]) for role, array in arrays.items()]
     products = {node.name: node for node in source.graph.node}
-    _replace(graph.graph, targets, products, {t.name: t for t in (*made, *integer_products.constants())})
+    _replace(graph.graph, targets, names, products, {t.name: t for t in (*made, *integer_products.constants())})
     _cut_off_logits(graph.graph)
     integer_products.save(folder / PREFILL, graph)
 
@@ -77,26 +80,24 @@ def write_own(folder: Path, model: onnx.ModelProto) -> None:
     integer_products.save(folder / PREFILL, graph)
 
 
-def _name(target: Target, role: str) -> str:
-    return f"{target.weight}.prefill.{role}"
-
-
 def _replace(
     graph: onnx.GraphProto,
     targets: Iterable[Target],
+    names: dict[str, dict[str, str]],
     products: dict[str, NodeProto],
     made: dict[str, TensorProto],
 ) -> None:
     """Put integer products in the place of the targets', which `products` has as they were in the float graph, and
-    `made` initializers beside or in the place of others. Some of them may be such products already."""
+    `made` initializers beside or in the place of others; `names` has them by weight and role. Some of them may be such
+    products already."""
     instead: dict[str, list[NodeProto]] = {}
     present = {node.name for node in graph.node}
     for target in targets:
-        instead |= replacements(target, {role: _name(target, role) for role in target.roles}, products)
+        instead |= replacements(target, names[target.weight], products)
         for name in target.products:
-            first, *others = integer_products.nodes_of(name)
-            if first in present:
-                instead |= {first: instead[name], **{node: [] for node in others}}
+            found = [node for node in integer_products.nodes_of(name) if node in present]
+            if found and found[0] != name:
+                instead |= {node: [] for node in found} | {found[0]: instead[name]}
     nodes = [new for node in graph.node for new in instead.get(node.name, [node])]
     kept = [t for t in graph.initializer if t.name not in made]
     del graph.node[:], graph.initializer[:]

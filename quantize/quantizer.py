@@ -275,10 +275,11 @@ class _Job:
             if self.target_mb is not None and windows is not None:
                 targets = find_targets(model, self._plan(model, read, targets, windows, pool))
             smoothed = [t for t in targets if t.group.smooth]
-            few = None if windows is None else _few(windows)
+            few, steps = None if windows is None else _few(windows), dict[str, float]()
             if few is not None and smoothed:
                 walk = Walk(model, read, few, threads=self.threads)
-                read = smooth.smoothed(model, read, walk, smoothed).read
+                smoothing = smooth.smoothed(model, read, walk, smoothed)
+                read, steps = smoothing.read, smoothing.steps
             source = copy.deepcopy(model)
             calibrator = None
             if windows is not None and any(t.is_calibrated for t in targets):
@@ -286,7 +287,7 @@ class _Job:
                 calibrator = Calibrator(model, read, windows, token_weights=weights, threads=self.threads, pool=pool)
             known = {t.weight for t in targets} - {t.weight for t in smoothed}  # smoothing changes what counts
             importance = {name: value for name, value in equalized.importance.items() if name in known}
-            self._rewrite(model, targets, read, importance, calibrator, file, pool)
+            self._rewrite(model, targets, read, steps, importance, calibrator, file, pool)
         integer_products.save(folder / GRAPH, model)
         if few is not None and self.prefill and prompts.gains(targets):
             prompts.write_prefill(folder, source, model, read, few, self.threads)
@@ -337,6 +338,7 @@ class _Job:
         model: onnx.ModelProto,
         targets: list[Target],
         read: Read,
+        steps: Mapping[str, float],
         importance: Mapping[str, npt.NDArray[np.float32]],
         calibrator: Calibrator | None,
         file: WeightFile,
@@ -350,7 +352,7 @@ class _Job:
             rows = read(initializers[target.weight])
             blocks: Blocks | Columns
             if target.scheme.whole_rows:
-                blocks = Columns.of(rows)
+                blocks = Columns.of(rows, steps.get(target.weight))
             elif calibrator and target.is_calibrated:
                 blocks = calibrator.quantize(target, rows)
             else:

@@ -64,6 +64,9 @@ class Group:
     """One of METHODS; what is only looked up has no inputs to be calibrated on, and takes rtn in any case."""
     smooth: bool = False
     """Whether activations' spread is moved into these weights first (see smooth.py); calibrated."""
+    static: bool = False
+    """Whether the activations of all tokens may share one step, measured on the text, where that adds little noise;
+    else each token has its own. Whole rows that are smoothed."""
     equalize: bool = False
     """Whether columns are evened out first, without data (see equalize.py)."""
     first_token: int = 1
@@ -82,6 +85,8 @@ class Group:
             raise UsageError(f"{self.match}: weights that are widened at load must be of 8 bits and symmetric")
         if self.scheme.whole_rows and (self.widen or self.method != "rtn"):
             raise UsageError(f"{self.match}: whole rows (block_size {WHOLE_ROWS}) take the method rtn, and no widen")
+        if self.static and not (self.smooth and self.scheme.whole_rows):
+            raise UsageError(f"{self.match}: static takes whole rows (block_size {WHOLE_ROWS}) that are smoothed")
 
 
 @dataclass(frozen=True)
@@ -123,6 +128,12 @@ class Recipe:
 _INT8 = Scheme(bits=8, block_size=64, symmetric=True, steps=1)
 _INT8_ROWS = dataclasses.replace(_INT8, block_size=WHOLE_ROWS)
 _INT4 = Scheme(bits=4, block_size=32, symmetric=False, steps=12)
+INTEGER_LAYERS = (
+    Group("*.attn.[qkv]*", _INT8_ROWS, smooth=True),  # static, these would lose most for the time they save
+    Group("*.mlp.down.*", _INT8_ROWS, smooth=True),  # what reaches them differs a hundredfold between tokens
+    Group("*", _INT8_ROWS, smooth=True, static=True),
+)
+"""Products of integers for all weights but tables."""
 _TABLES = (Group("embed.weight", _INT8), Group("head.weight", _INT8))
 _SMOOTH_TABLES = tuple(dataclasses.replace(g, smooth=True) for g in _TABLES)
 
@@ -136,7 +147,7 @@ RECIPES: Mapping[str, Recipe] = {
     "int8": Recipe(
         "8-bit products of integers, a scale for each row of a weight and each token, activations smoothed: fastest "
         "for prompts, guesses and lists",
-        (*_SMOOTH_TABLES, Group("*", _INT8_ROWS, smooth=True)),
+        (*_SMOOTH_TABLES, *INTEGER_LAYERS),
     ),
     "int8-block": Recipe(
         "8-bit weights and activations in blocks of 64, activations smoothed: nearer to the float model",

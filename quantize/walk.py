@@ -46,6 +46,11 @@ class Walk:
         self._at = 0
         self._mark_dynamic(self._nodes)
 
+    @property
+    def window(self) -> int:
+        """Tokens of each window."""
+        return int(self._batches[0].shape[1])
+
     def inputs_of(self, node_name: str) -> list[Array]:
         """Activations that reach a node's first input, a few windows each: [tokens, width]. Earlier nodes have run."""
         index = next(i for i, n in enumerate(self._nodes) if n.name == node_name)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +21,8 @@ from gptedge.quantize.integer_products import Columns
 from gptedge.quantize.passes import Target, arrays_of, find_targets, rewrite
 from gptedge.quantize.quantizer import quantize
 from gptedge.quantize.recipes import WHOLE_ROWS, Group, Recipe, Scheme
-from gptedge.quantize.smooth import least_noise
+from gptedge.quantize.seams import Seam
+from gptedge.quantize.smooth import Smoothing, _factors, least_noise
 from gptedge.quantize.walk import Walk
 from gptedge.runtime import onnx_runtime
 from gptedge.runtime.onnx_runtime import import_onnxruntime, multiplies_signed_bytes
@@ -30,10 +33,10 @@ K, N = 64, 8
 Run = Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]
 
 
-def made(weight: npt.NDArray[np.float32], folder: Path) -> list[Run]:
+def made(weight: npt.NDArray[np.float32], folder: Path, step: float | None = None) -> list[Run]:
     """x [B, T, K] -> x @ weight.T through the graph that is right everywhere, then the signed one where it is, too."""
     node = helper.make_node("FusedMatMul", ["x", "w"], ["y"], name="p", transB=1)
-    values = Columns.of(weight).arrays()
+    values = Columns.of(weight, step).arrays()
     graph = helper.make_graph(
         [*integer_products.unsigned("columns"), *integer_products.product(node, {n: n for n in values}, {"": "y"})],
         "product",
@@ -73,6 +76,20 @@ def test_a_token_has_its_own_scale(tmp_path: Path) -> None:
     assert not results[0][0, 1].any()
     error = np.linalg.norm(results[0] - x @ weight.T) / np.linalg.norm(x @ weight.T)
     assert 0 < error < 0.01
+
+
+@pytest.mark.parametrize("step", [0.02, 0.5])
+def test_one_step_for_all_tokens(step: float, tmp_path: Path) -> None:
+    """What lies beyond its range is cut off; a token comes out the same alone and among others."""
+    rng = np.random.default_rng(0)
+    weight, x = rng.standard_normal((N, K)).astype(np.float32), 5 * rng.standard_normal((1, 6, K)).astype(np.float32)
+    columns = Columns.of(weight)
+    steps = np.clip(np.rint(x / np.float32(step)), -128, 127)
+    wanted = steps @ columns.columns.astype(np.float64) * (step * columns.scales)
+    for run in made(weight, tmp_path, step):
+        got = run(x)
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-4)
+        np.testing.assert_array_equal(got[0, 4], run(x[:, 4:5])[0, 0])
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +152,30 @@ def test_the_probe_notices_saturation(exact: bool, monkeypatch: pytest.MonkeyPat
         assert multiplies_signed_bytes() is exact
     finally:
         multiplies_signed_bytes.cache_clear()
+
+
+def test_where_tokens_share_a_step(bundle: Path) -> None:
+    """Where the recipe lets them: neither before queries, keys and values, nor before down projections."""
+    roundings = [n for n in load_graph(bundle / GRAPH).graph.node if n.op_type == "QuantizeLinear"]
+    static = {n.name.removesuffix(".rounded") for n in roundings if not n.input[0].endswith(".part")}
+    assert {name.split(".", 2)[2] for name in static} == {"attn.o", "mlp.gate_up"}
+
+
+@pytest.mark.parametrize("outlier", [1, 30])
+def test_a_token_unlike_the_others_keeps_a_step_of_its_own(outlier: float) -> None:
+    """A step that holds it is too coarse for the rest."""
+    rng = np.random.default_rng(2)
+    weight, x = rng.standard_normal((80, 64)).astype(np.float32), rng.standard_normal((64, 64)).astype(np.float32)
+    x[[20, 37, 55]] *= outlier
+    node = helper.make_node("FusedMatMul", ["x", "w"], ["y"], name="p", transB=1)
+    group = Group("*", Scheme(8, WHOLE_ROWS, True, 1), smooth=True, static=True)
+    target = Target("w", 80, 64, group, (node.name,), ())
+    seam = Seam(target, node.name, (("gain", slice(0, 64)),), np.arange(64))
+    tensors = [onnx.numpy_helper.from_array(weight, "w")]
+    model = helper.make_model(helper.make_graph([node], "one", [], [], tensors))
+    walk = SimpleNamespace(inputs_of=lambda _: [x[:32], x[32:]], window=16)
+    _, step = _factors(seam, Smoothing(model, onnx.numpy_helper.to_array), cast(Walk, walk))
+    assert (step > 0) is (outlier == 1)
 
 
 def rounded(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
