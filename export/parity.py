@@ -115,4 +115,5 @@ def _summary(ours: FloatArray, theirs: FloatArray, chosen: npt.NDArray[np.int64]
     difference = float(np.abs(np.subtract(ours, theirs, out=ours), out=ours).max())
     close = 2 * difference if difference <= TOLERANCE["fp32"] * spread else 0.0
     equal = int((margin <= close).sum())
-    return Parity(difference, difference / spread if spread else float("nan"), len(chosen), equal)
+    relative = difference / spread if spread else 0.0 if not difference else float("inf")
+    return Parity(difference, relative, len(chosen), equal)

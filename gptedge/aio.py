@@ -8,8 +8,11 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from contextvars import copy_context
+from functools import partial
 from pathlib import Path
-from threading import Event
+from threading import Event, Thread
 from types import TracebackType
 from typing import Any, TypeVar, overload
 
@@ -24,9 +27,25 @@ from gptedge.runtime.generate import Chunk, Result, Stream
 T = TypeVar("T")
 
 
+def _threaded(work: Callable[[], T]) -> asyncio.Future[T]:
+    """`work` in a thread of its own: asyncio's few are the program's, and who waits for one of them cannot be told to
+    end."""
+    done, context = Future[T](), copy_context()
+    done.set_running_or_notify_cancel()
+
+    def run() -> None:
+        try:
+            done.set_result(context.run(work))
+        except BaseException as e:
+            done.set_exception(e)
+
+    Thread(target=run, name="gptedge", daemon=True).start()
+    return asyncio.wrap_future(done)
+
+
 async def _in_thread(work: Callable[[], T], cancel: Callable[[], None]) -> T:
     """Let a thread work; where the task is cancelled, `cancel` tells it to end, which is waited for."""
-    working = asyncio.ensure_future(asyncio.to_thread(work))
+    working = _threaded(work)
     try:
         return await asyncio.shield(working)
     except asyncio.CancelledError:
@@ -37,7 +56,7 @@ async def _in_thread(work: Callable[[], T], cancel: Callable[[], None]) -> T:
 
 async def _whole(make: Callable[[], Stream]) -> Result:
     """A reply that is read in one thread from beginning to end."""
-    stream = await asyncio.to_thread(make)
+    stream = await _threaded(make)
     await _in_thread(lambda: deque(stream, maxlen=0), stream.cancel)
     return stream.result
 
@@ -85,7 +104,7 @@ class AsyncStream:
         self._is_cancelled = True
         if self._stream is not None:
             self._stream.cancel()
-            await asyncio.shield(asyncio.to_thread(self._stream.close))
+            await asyncio.shield(_threaded(self._stream.close))
 
     @property
     def result(self) -> Result:
@@ -95,7 +114,7 @@ class AsyncStream:
 
     async def _opened(self) -> Stream:
         if self._stream is None:
-            self._stream = await asyncio.to_thread(self._make)
+            self._stream = await _threaded(self._make)
             if self._is_cancelled:
                 self._stream.cancel()
         return self._stream
@@ -120,7 +139,7 @@ class AsyncChat:
         self.chat.edit(index, text)
 
     async def fork(self) -> AsyncChat:
-        return AsyncChat(await asyncio.to_thread(self.chat.fork))
+        return AsyncChat(await _threaded(self.chat.fork))
 
     def clear(self) -> None:
         self.chat.clear()
@@ -132,10 +151,10 @@ class AsyncChat:
         self.chat.load_dict(data)
 
     async def save_cache(self, path: str | Path) -> None:
-        await asyncio.to_thread(self.chat.save_cache, path)
+        await _threaded(partial(self.chat.save_cache, path))
 
     async def load_cache(self, path: str | Path) -> None:
-        await asyncio.to_thread(self.chat.load_cache, path)
+        await _threaded(partial(self.chat.load_cache, path))
 
     @property
     def messages(self) -> list[dict[str, str]]:
@@ -162,7 +181,7 @@ class AsyncModel:
 
     @classmethod
     async def load(cls, bundle: str | Path, **options: Any) -> AsyncModel:
-        return cls(await asyncio.to_thread(load, bundle, **options))
+        return cls(await _threaded(partial(load, bundle, **options)))
 
     @overload
     async def generate(self, prompt: str, params: SamplingParams | None = None, **changes: Any) -> str: ...
@@ -193,7 +212,7 @@ class AsyncModel:
         return AsyncStream(lambda: self.model.stream_ids(prompt, params, **changes))
 
     async def load_adapter(self, path: str | Path) -> Adapter:
-        return await asyncio.to_thread(self.model.load_adapter, path)
+        return await _threaded(partial(self.model.load_adapter, path))
 
     @property
     def adapter(self) -> Adapter | None:

@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,12 +152,23 @@ def check_output(out: Path, source: Path, *, force: bool) -> None:
     if source.resolve().is_relative_to(out.resolve()):
         raise UsageError(f"{out} is the source, or holds it, and would be replaced; choose another output")
     check_destination(out, force=force)
-    if not out.is_dir() or out.is_symlink() or any((out / name).is_file() for name in _OF_MODELS):
+    if not out.is_dir() or out.is_symlink():  # a link alone is replaced
         return
-    if lost := min(out.iterdir(), default=None):
+    found = {file.name for file in out.iterdir()}
+    if found and found.isdisjoint(_OF_MODELS):
         raise UsageError(
-            f"{out} is no bundle or checkpoint, and {lost.name} in it would be lost; choose another output"
+            f"{out} is no bundle or checkpoint, and {min(found)} in it would be lost; choose another output"
         )
+    if lost := found - {MANIFEST, *_listed(out, found)}:
+        raise UsageError(f"{min(lost)} in {out} is no part of the bundle, and would be lost; move it elsewhere first")
+
+
+def _listed(folder: Path, found: set[str]) -> Iterable[str]:
+    """Files that the manifest names; `found` where there is none that could be read."""
+    with suppress(BundleError):
+        files = (_read(folder / MANIFEST) or {}).get("files")
+        return files if isinstance(files, dict) else found
+    return found
 
 
 def write_manifest(

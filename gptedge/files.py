@@ -11,7 +11,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,8 @@ def new_file(destination: Path) -> Iterator[Path]:
             _sync(work)
             os.replace(work, destination)
     finally:
-        work.unlink(missing_ok=True)
+        with suppress(OSError):  # what cannot be removed was not made either, as in a folder that is read-only
+            work.unlink()
 
 
 @contextmanager
@@ -84,7 +85,7 @@ def writing(path: Path, error: type[GptEdgeError], advice: str) -> Iterator[None
 
 def check_writable(path: Path, error: type[GptEdgeError]) -> None:
     """Refuse early, before there is something to write, what the system would refuse late."""
-    there = next(p for p in (path, *path.absolute().parents) if p.exists())
+    there = next(p for p in (path, *path.absolute().parents) if p.is_dir())
     if not os.access(there, os.W_OK | os.X_OK):
         raise error(f"{path} cannot be written: {os.strerror(errno.EACCES)}; choose another output")
 

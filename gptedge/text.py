@@ -26,9 +26,11 @@ def check_scalars(text: str) -> None:
 
 
 def read_text(path: Path) -> str:
-    """A file's text. Raises DataError when it is missing or not UTF-8."""
+    """A file's text, without the byte-order mark that some editors begin it with.
+
+    Raises DataError when it is missing or not UTF-8."""
     try:
-        return decode_utf8(Path(path).read_bytes(), path)
+        return decode_utf8(Path(path).read_bytes(), path).removeprefix("\ufeff")
     except OSError as e:
         raise DataError(f"{path} cannot be read: {e.strerror}") from None
 

@@ -1,7 +1,7 @@
 """A second graph for reading prompts: products of integers (see integer_products.py) over the same KV cache.
 
-They overtake MatMulNBits from a few rows on. So `prefill.onnx` runs all of a prompt but its last token, and gives keys
-and values alone; the last token goes through the bundle's own graph, which therefore makes every logit. The table is
+They overtake MatMulNBits from a few rows on. So `prefill.onnx` runs all of a prompt but its last two tokens, and gives
+keys and values alone; those two go through the bundle's own graph, which therefore makes every logit. The table is
 the bundle's, whose bytes both graphs read from one file; gains and biases are the float model's.
 """
 

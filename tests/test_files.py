@@ -128,6 +128,21 @@ def test_force_on_a_file_is_refused(out: Path) -> None:
     assert out.read_text() == "a file"
 
 
+def test_a_folder_that_is_read_only_is_named_by_the_file_wanted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not by the hidden one beside it, which can be neither made nor removed."""
+
+    def refused(path: Path, *_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(Path, "write_text", refused)
+    monkeypatch.setattr(Path, "unlink", refused)
+    with pytest.raises(OSError, match="Read-only") as caught, new_file(tmp_path / "page.html") as work:
+        work.write_text("page")
+    assert caught.value.filename == str(tmp_path / "page.html")
+
+
 def test_a_link_that_leads_nowhere_counts_as_existing(out: Path) -> None:
     out.parent.mkdir()
     out.symlink_to("nowhere")

@@ -2,6 +2,16 @@
 
 from __future__ import annotations
 
-from gptedge.cli.app import main
+import sys
 
-__all__ = ["main"]
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; the process's exit code."""
+    try:
+        from gptedge.cli import app
+    except KeyboardInterrupt:  # which the command itself tells of once it is there
+        from gptedge.errors import EXIT_INTERRUPTED
+
+        print("gptedge: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return app.main(arguments)

@@ -92,7 +92,8 @@ def main(arguments: list[str] | None = None) -> int:
         tables = read_tables(VERBS)
         as_json = "--json" in arguments or wants_json(verb, tables)
         result = _invoke(arguments, verb, tables)
-        sys.stdout.flush()
+        if sys.stdout:  # there is none where it was closed
+            sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except (Ended, typer.Exit) as e:
         return e.exit_code
@@ -156,7 +157,8 @@ def _fail(message: str, code: int, as_json: bool) -> int:
     message = " ".join(message.split())
     print(f"gptedge: {message}", file=sys.stderr)
     if as_json:
-        print(json.dumps({"error": message, "exit_code": code}, ensure_ascii=False))
+        with suppress(OSError):  # stdout may be what failed
+            print(json.dumps({"error": message, "exit_code": code}, ensure_ascii=False), flush=True)
     return code
 
 
@@ -178,6 +180,8 @@ def _end_like_an_interrupt(number: int) -> None:
     """Let a polite kill unwind as Ctrl+C does, so that half-written output is removed."""
 
     def interrupt(*_: object) -> NoReturn:
+        if number != signal.SIGTERM:  # a terminal that closes says so twice, and once is enough to unwind
+            signal.signal(number, signal.SIG_IGN)
         raise KeyboardInterrupt
 
     if signal.getsignal(number) == signal.SIG_IGN:  # by nohup, which is to outlive its terminal

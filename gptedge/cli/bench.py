@@ -27,8 +27,12 @@ _SHOWN_MS = 0.01
 
 def command(
     bundle: BundleArgument,
-    prompt_tokens: Annotated[int, typer.Option(help="Length of the random prompt.")] = 512,
-    new_tokens: Annotated[int, typer.Option(help="Tokens to decode after it.")] = 128,
+    prompt_tokens: Annotated[
+        int | None, typer.Option(help="Length of the random prompt (default 512, or what the context has room for).")
+    ] = None,
+    new_tokens: Annotated[
+        int | None, typer.Option(help="Tokens to decode after it (default 128, or half of the context).")
+    ] = None,
     repeat: Annotated[int, typer.Option(help="Runs; medians are reported.")] = 3,
     roofline: Annotated[bool, typer.Option("--roofline", help="Also show where the time of a step goes.")] = False,
     tune: Annotated[
@@ -42,7 +46,7 @@ def command(
     as_json: Json = False,
 ) -> None:
     """Measure speed."""
-    from gptedge.evaluate.bench import bench, check_room
+    from gptedge.evaluate.bench import bench, lengths
     from gptedge.evaluate.profile import PROFILED_STEPS, decode_profile
     from gptedge.loading import load
 
@@ -53,7 +57,8 @@ def command(
     start = time.perf_counter()
     with load(bundle, **loading) as model:
         load_ms = round((time.perf_counter() - start) * 1000, 2)
-        check_room(model.session, prompt_tokens, max(new_tokens, PROFILED_STEPS if roofline else 0))
+        context, least = model.session.context_length, PROFILED_STEPS if roofline else 0
+        prompt_tokens, new_tokens = lengths(context, prompt_tokens, new_tokens, least_steps=least)
         result = bench(
             model.session,
             load_ms=load_ms,

@@ -118,12 +118,15 @@ def text_argument(argument: str | None) -> str:
     return text[:-1].removesuffix("\r") if text.endswith("\n") else text
 
 
-def check_page(out: Path, *, force: bool) -> None:
-    """Refuse early where `write_page` would overwrite something."""
+def check_new_file(out: Path, *, force: bool) -> None:
+    """Refuse early what cannot be written, or would overwrite something."""
+    from gptedge.files import check_writable
+
     if out.is_dir():
-        raise UsageError(f"{out} is a folder, and the page is a file; choose another name for it")
+        raise UsageError(f"{out} is a folder, and the output is a file; choose another name for it")
     if out.exists() and not force:
         raise OutputExistsError(f"{out} exists already; choose another output or add --force")
+    check_writable(out, UsageError)
 
 
 def write_page(out: Path, html: str) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gptedge.cli.common import BundleArgument, Force, Json, MaxTokens, Threads, emit, needs, progress
+from gptedge.cli.common import BundleArgument, Force, Json, MaxTokens, Threads, check_new_file, emit, needs, progress
 from gptedge.cli.gates import (
     Baseline,
     Gates,
@@ -21,7 +21,7 @@ from gptedge.cli.gates import (
     requested,
 )
 from gptedge.config import SamplingParams
-from gptedge.errors import OutputExistsError, UsageError
+from gptedge.errors import UsageError
 
 if TYPE_CHECKING:
     from gptedge.evaluate.text_metrics import Pair
@@ -38,6 +38,10 @@ def command(
     reference: Annotated[Path | None, typer.Option(help="The bundle to compare with, as a rule the fp32 one.")] = None,
     context: Context = None,
     max_windows: MaxWindows = None,
+    prompts: Annotated[
+        bool,
+        typer.Option("--prompts", help="Read the first half of each window by the graph for prompts, if there is one."),
+    ] = False,
     pairs: Annotated[
         Path | None,
         typer.Option(
@@ -74,7 +78,15 @@ def command(
     questions = _questions(pairs) if pairs else []
     facts: dict[str, Any] = {}
     if text is not None:
-        facts |= measure(bundle, text, reference=reference, context=context, threads=threads, max_windows=max_windows)
+        facts |= measure(
+            bundle,
+            text,
+            reference=reference,
+            context=context,
+            threads=threads,
+            max_windows=max_windows,
+            prompts=prompts,
+        )
     if questions:
         facts |= _measure_pairs(bundle, questions, chat=chat, max_tokens=max_tokens, threads=threads, out=out)
     verdicts = judge(gates, facts, subject=str(bundle), as_json=as_json)
@@ -103,6 +115,7 @@ def measure(
     context: int | None,
     threads: int | None,
     max_windows: int | None = None,
+    prompts: bool = False,
 ) -> dict[str, Any]:
     """The evaluation as JSON-ready data, with the bundle's size."""
     from gptedge.evaluate.divergence import check_same_tokens, evaluate
@@ -122,6 +135,7 @@ def measure(
                 reference=other.session if other else None,
                 context=context,
                 max_windows=max_windows,
+                prompts=prompts,
                 byte_length=lambda i: len(model.tokenizer.token_bytes(i)),
                 report=report,
             )
@@ -159,10 +173,7 @@ def _check_out(out: Path, pairs: Path | None, *, force: bool) -> None:
         raise UsageError("--out takes the replies to --pairs; give both")
     if out.resolve() == pairs.resolve():
         raise UsageError(f"--out {out} is the file of --pairs; choose another")
-    if out.is_dir():
-        raise UsageError(f"{out} is a folder, and the output is a file; choose another --out")
-    if out.exists() and not force:
-        raise OutputExistsError(f"{out} exists already; choose another output or add --force")
+    check_new_file(out, force=force)
 
 
 def _write_replies(out: Path, pairs: list[Pair], made: list[str]) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gptedge.cli.common import Force, Json, Threads, check_page, emit, needs, text_argument, write_page
+from gptedge.cli.common import Force, Json, Threads, check_new_file, emit, needs, text_argument, write_page
 from gptedge.errors import UsageError
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def command(
     if head is not None and layer is None:
         raise UsageError("--head needs --layer, which says of which layer")
     if html is not None:
-        check_page(html, force=force)
+        check_new_file(html, force=force)
     with needs("export,train"):
         from gptedge.evaluate.explain import explain
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gptedge.cli.common import Force, Json, Threads, check_page, emit, needs, progress, write_page
+from gptedge.cli.common import Force, Json, Threads, check_new_file, emit, needs, progress, write_page
 from gptedge.cli.evaluate import Context
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def command(
     as_json: Json = False,
 ) -> None:
     """Set bundles side by side on one HTML page: size, quality, speed, where rounding hurts."""
-    check_page(out, force=force)
+    check_new_file(out, force=force)
     with needs("quantize"):
         from gptedge.quantize.report import collect
     from gptedge.evaluate.sample import SAMPLE_NAME, sample_text

@@ -25,7 +25,7 @@ def name_variables(commands: Commands) -> None:
     """Give every option and argument of the verbs the variable that may set it."""
     for verb, command in commands.items():
         for parameter in command.params:
-            parameter.envvar = _variable(verb, _plain(parameter.opts[0]))
+            parameter.envvar = [_variable(verb, _plain(name)) for name in parameter.opts]
             parameter.type.envvar_list_splitter = "\0"  # which no variable holds, so that none is taken apart
 
 
@@ -42,7 +42,7 @@ def check_environment(commands: Commands, verb: str | None) -> None:
     """A variable that means no option of the verb is a slip that would leave a gate or a bound unset."""
     if verb is None:
         return
-    known = [parameter.envvar for parameter in commands[verb].params]
+    known = [variable for parameter in commands[verb].params for variable in parameter.envvar]
     for variable in os.environ:
         if variable.startswith(_variable(verb, "")) and variable not in known:
             raise UsageError(f"{variable} is no setting of {verb}{nearest(variable, known)}")
@@ -125,7 +125,7 @@ def complaint(error: ParserError) -> str:
         parameter.show_envvar = False  # else its variable would be named beside every flag
         source = context.get_parameter_source(parameter.name)
         if source is not None and source.name == "ENVIRONMENT":
-            error.param_hint = parameter.envvar
+            error.param_hint = next(name for name in parameter.envvar if name in os.environ)
         elif source is not None and source.name == "DEFAULT_MAP":
             error.param_hint = f"{parameter.opts[0].lstrip('-')} in [{context.info_name}] of {config_path()}"
     message: str = error.format_message()

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from gptedge.errors import ContextOverflowError, UsageError
+from gptedge.errors import UsageError
 from gptedge.measure import peak_rss_mb
 from gptedge.runtime.adapter import Adapter
 from gptedge.runtime.session import PREFILL_AT_LEAST, Session
 
+PROMPT_TOKENS, NEW_TOKENS = 512, 128
 _PROBE_BYTES = 1 << 28  # far more than any cache holds
 
 
@@ -47,7 +48,7 @@ def bench(
     """Medians of `repeat` runs of a random prompt and greedy decoding that does not stop early, token by token."""
     if min(prompt_tokens, new_tokens, repeat) < 1:
         raise UsageError("prompt tokens, new tokens and repeats must be at least 1")
-    check_room(session, prompt_tokens, new_tokens)
+    lengths(session.context_length, prompt_tokens, new_tokens)
     prompt = [int(i) for i in np.random.default_rng(0).integers(0, session.vocab_size, prompt_tokens)]
     session.prefill(prompt[: PREFILL_AT_LEAST + 1], session.new_cache(adapter))  # the first run also sets buffers up
     runs = [_run(session, prompt, new_tokens, adapter) for _ in range(repeat)]
@@ -71,13 +72,22 @@ def bench(
     )
 
 
-def check_room(session: Session, prompt_tokens: int, steps: int) -> None:
-    """Raise ContextOverflowError unless a prompt and so many steps after it fit the context."""
-    if prompt_tokens + steps > session.context_length:
-        raise ContextOverflowError(
-            f"a prompt of {prompt_tokens} tokens and {steps} steps after it do not fit the model's context of "
-            f"{session.context_length}; lower --prompt-tokens or --new-tokens"
+def lengths(
+    context: int, prompt_tokens: int | None, new_tokens: int | None, *, least_steps: int = 0
+) -> tuple[int, int]:
+    """Tokens of the prompt and after it: those given, or else the usual ones, fewer where the context is short.
+
+    Raises UsageError where those given, and at least `least_steps`, do not fit the context.
+    """
+    new = min(NEW_TOKENS, context // 2) if new_tokens is None else new_tokens
+    steps = max(new, least_steps)
+    prompt = max(1, min(PROMPT_TOKENS, context - steps)) if prompt_tokens is None else prompt_tokens
+    if prompt + steps > context:
+        raise UsageError(
+            f"a prompt of {prompt} tokens and {steps} steps after it do not fit the model's context of {context}; "
+            "lower --prompt-tokens or --new-tokens"
         )
+    return prompt, new
 
 
 def decode_speed(session: Session, *, prompt_tokens: int = 32, new_tokens: int = 48) -> float:

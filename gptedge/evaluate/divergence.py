@@ -31,6 +31,8 @@ COMPARED = 20_000
 """Characters of a text by which two tokenizers are compared."""
 _ROWS = 64  # positions whose logits are held at once: two models' rows of a 150k vocabulary take 77 MB
 
+_LARGEST_EXPONENT = 709.0  # of e, within float64
+
 Floats = npt.NDArray[np.float64]
 
 
@@ -110,11 +112,14 @@ def evaluate(
     reference: Session | None = None,
     context: int | None = None,
     max_windows: int | None = None,
+    prompts: bool = False,
     byte_length: Callable[[int], int] | None = None,
     report: Report = silent,
 ) -> Evaluation:
     """`summarize` of `score`."""
-    scores = score(session, ids, reference=reference, context=context, max_windows=max_windows, report=report)
+    scores = score(
+        session, ids, reference=reference, context=context, max_windows=max_windows, prompts=prompts, report=report
+    )
     return summarize(scores, byte_length)
 
 
@@ -125,10 +130,15 @@ def score(
     reference: Session | None = None,
     context: int | None = None,
     max_windows: int | None = None,
+    prompts: bool = False,
     report: Report = silent,
 ) -> Scores:
-    """Score token ids. Raises DataError when they fill no window, UsageError when the two vocabularies differ,
-    BundleError when a model's logits are not numbers."""
+    """Score token ids. With `prompts` the first half of a window is read as prompts are, through the graph for them
+    where there is one; else all comes through the bundle's own.
+
+    Raises DataError when they fill no window, UsageError when the two vocabularies differ, BundleError when a model's
+    logits are not numbers.
+    """
     if reference and reference.vocab_size != session.vocab_size:
         raise UsageError(
             f"the reference has {reference.vocab_size} tokens in its vocabulary, the bundle {session.vocab_size}"
@@ -136,7 +146,7 @@ def score(
     windows = cut(ids, context, max_windows, *(s.context_length for s in (session, reference) if s))
     parts = []
     for w, window in enumerate(windows):
-        parts += list(_score_window(session, reference, window, w * len(window)))
+        parts += list(_score_window(session, reference, window, w * len(window), prompts=prompts))
         report(w + 1, len(windows), "windows")
     models, references, kl = zip(*parts, strict=True)
     if reference is None:
@@ -176,12 +186,12 @@ def _join(parts: Sequence[Side]) -> Side:
 
 
 def _score_window(
-    session: Session, reference: Session | None, ids: npt.NDArray[np.int64], place: int
+    session: Session, reference: Session | None, ids: npt.NDArray[np.int64], place: int, *, prompts: bool
 ) -> Iterator[tuple[Side, Side | None, Floats | None]]:
     """A few positions at a time; the window begins at `place` of the text."""
     half = len(ids) // 2
-    rows = _log_probabilities(session, ids, half, place)
-    others = _log_probabilities(reference, ids, half, place) if reference else None
+    rows = _log_probabilities(session, ids, half, place, prompts=prompts)
+    others = _log_probabilities(reference, ids, half, place, prompts=prompts) if reference else None
     for start in range(half, len(ids) - 1, _ROWS):
         targets = ids[start + 1 : start + 1 + _ROWS]
         q = next(rows)
@@ -205,11 +215,14 @@ def _divergence(p: npt.NDArray[np.float32], q: npt.NDArray[np.float32]) -> Float
 
 
 def _log_probabilities(
-    session: Session, ids: npt.NDArray[np.int64], start: int, place: int
+    session: Session, ids: npt.NDArray[np.int64], start: int, place: int, *, prompts: bool
 ) -> Iterator[npt.NDArray[np.float32]]:
     """Of every next token after the positions from `start` on, a few rows at a time."""
     cache = session.new_cache()
-    for i in range(0, start, PREFILL_CHUNK):  # not by prefill: what is judged is the bundle's own graph
+    if prompts:
+        session.prefill(ids[: start + 1].tolist(), cache)  # whose last tokens come through the bundle's own graph
+        cache.truncate(start)
+    for i in range(len(cache), start, PREFILL_CHUNK):
         session.run(ids[i : min(i + PREFILL_CHUNK, start)].tolist(), cache)
     for i in range(start, len(ids) - 1, _ROWS):
         logits = session.run(ids[i : min(i + _ROWS, len(ids) - 1)].tolist(), cache, every_row=True)
@@ -249,7 +262,7 @@ def summarize(scores: Scores, byte_length: Callable[[int], int] | None = None) -
     """`byte_length` gives the bytes of text that a token stands for."""
     nll = scores.model.nll
     same_text = hash_of(scores.ids)
-    perplexity = math.exp(nll.mean())
+    perplexity = _exp(nll.mean())
     n_bytes = sum(map(byte_length, scores.targets().tolist())) if byte_length else 0
     bits = float(nll.sum()) / math.log(2) / n_bytes if n_bytes else None
     if scores.reference is None or scores.kl is None:
@@ -260,8 +273,8 @@ def summarize(scores: Scores, byte_length: Callable[[int], int] | None = None) -
         ids_sha256=same_text,
         perplexity=perplexity,
         bits_per_byte=bits,
-        reference_perplexity=math.exp(scores.reference.nll.mean()),
-        ppl_increase=math.expm1(difference.mean()),
+        reference_perplexity=_exp(scores.reference.nll.mean()),
+        ppl_increase=_exp(difference.mean(), math.expm1),
         ppl_increase_interval=ratio_interval(difference.reshape(len(scores.ids), -1)),
         kl_divergence={
             "mean": float(kl.mean()),
@@ -284,7 +297,12 @@ def ratio_interval(difference: Floats) -> tuple[float, float] | None:
     if len(means) < 2:
         return None
     margin = _student_t(len(means) - 1) * means.std(ddof=1) / math.sqrt(len(means))
-    return math.expm1(means.mean() - margin), math.expm1(means.mean() + margin)
+    return _exp(means.mean() - margin, math.expm1), _exp(means.mean() + margin, math.expm1)
+
+
+def _exp(x: float, function: Callable[[float], float] = math.exp) -> float:
+    """What is beyond all numbers, as of a broken model, is a very large one: gates go on, and JSON has no infinity."""
+    return function(min(x, _LARGEST_EXPONENT))
 
 
 def _student_t(freedom: int) -> float:

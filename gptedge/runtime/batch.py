@@ -25,7 +25,7 @@ from gptedge.runtime.context import Window
 from gptedge.runtime.generate import Chunk, Clock, FinishReason, Result, Usage, Writer, chunks, constraint_of, join
 from gptedge.runtime.kv_cache import KVCache, room_for
 from gptedge.runtime.sampling import Logits, Sampler, logprob_of
-from gptedge.runtime.session import Session
+from gptedge.runtime.session import RERUN, Session
 from gptedge.tokenizer import Tokenizer
 
 BATCH_SIZE = 8
@@ -125,7 +125,7 @@ class _Text:
 
     def _read(self) -> None:
         ids, cache = self._window.ids, self._rows.reserve(self.row, len(self._window.ids))
-        left = ids[cache.keep_common_prefix(ids[:-1]) :]
+        left = ids[cache.keep_common_prefix(ids[:-RERUN]) :]
         logits = None if self._cancelled.is_set() else self._session.prefill(left, cache, stop=self._cancelled)
         self._room = self._window.room
         if logits is None:

@@ -20,18 +20,25 @@ class FairLock:
         """For each thread that waits a lock, closed until its turn comes."""
 
     def __enter__(self) -> None:
+        self.acquire()
+
+    def acquire(self, seconds: float = -1) -> bool:
+        """Wait for it, at most so long; whether it is held then."""
         with self._guard:
             if not self._held:
                 self._held = True
-                return
+                return True
             turn = threading.Lock()
             turn.acquire()
             self._waiting.append(turn)
         try:
-            turn.acquire()
+            if turn.acquire(timeout=seconds):
+                return True
         except BaseException:  # Ctrl+C: the others must not wait for one who has left
             self._leave(turn)
             raise
+        self._leave(turn)
+        return False
 
     def __exit__(self, *_: object) -> None:
         with self._guard:

@@ -20,7 +20,7 @@ from gptedge.errors import GptEdgeError, UsageError
 from gptedge.runtime.context import Window
 from gptedge.runtime.kv_cache import KVCache
 from gptedge.runtime.sampling import Constraint, Sampler, TokenLogprob, logprob_of
-from gptedge.runtime.session import Session
+from gptedge.runtime.session import RERUN, Session
 from gptedge.runtime.speculate import PromptLookup
 from gptedge.tokenizer import Tokenizer
 
@@ -193,7 +193,7 @@ def _steps_within(
             yield token, logprob
         if len(generated) == params.max_tokens or cancelled.is_set() or not window.shift(generated):
             return
-        cache.keep_common_prefix(window.ids[:-1])
+        cache.keep_common_prefix(window.ids[:-RERUN])
 
 
 def chunks(
@@ -208,8 +208,7 @@ def chunks(
 
     The cache may hold anything: its longest prefix in common with the prompt is used. The prompt must fit the context.
     """
-    # The last prompt token is always run: its logits are not kept in the cache.
-    clock = Clock(len(window.ids), cached_tokens=cache.keep_common_prefix(window.ids[:-1]))
+    clock = Clock(len(window.ids), cached_tokens=cache.keep_common_prefix(window.ids[:-RERUN]))
     constraint = constraint_of(params, tokenizer, session.bundle.eos_ids)
     sampler = Sampler(params, window.ids, session.vocab_size, constraint)
     writer = Writer(tokenizer, params, session.bundle.eos_ids, constraint)

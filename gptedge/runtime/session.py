@@ -56,6 +56,10 @@ _MOST_SCORES = 1 << 24
 """Of attention's scores, [n_head, tokens run at once, tokens so far] in float32, above `_LEAST_CHUNK`: 67 MB."""
 PREFILL_AT_LEAST = 64
 """Tokens before a prompt's last from which on the graph for prompts reads them; fewer would not repay loading it."""
+RERUN = 2
+"""A prompt's last tokens, which are run each time, by the bundle's own graph: the very last one's logits are not kept,
+and kernels give other last bits for one row than for several, so that the same prompt would go on in other words once
+it is in the cache."""
 _PREFILL_FILES = (PREFILL, PREFILL_DATA)
 _VERIFY_FIRST = 10_000_000  # bytes; smaller files are checked before onnxruntime reads them, larger ones meanwhile
 
@@ -170,12 +174,12 @@ class Session:
     def prefill(self, ids: Sequence[int], cache: KVCache, *, stop: threading.Event | None = None) -> Logits | None:
         """Run a prompt in chunks. The last token's logits, float32 [vocab_size]; None when `stop` was set meanwhile.
 
-        A long one goes through the graph for prompts, where the bundle has it, up to its last token. That graph takes
+        A long one goes through the graph for prompts, where the bundle has it, up to its last tokens. That graph takes
         no adapters.
         """
         with self.lock:
             graph = self._prompt_graph if len(ids) > PREFILL_AT_LEAST and not cache.adapter else None
-        read, last = (ids, []) if graph is None else (ids[:-1], [ids[-1:]])
+        read, last = (ids, []) if graph is None else (ids[:-RERUN], [ids[-RERUN:]])
         logits, parts = None, [*_pieces(read, len(cache), self.signature.n_head), *last]
         cache.reserve(min(len(cache) + len(ids), self.context_length), self.context_length)  # once, not for each piece
         for part in parts:
@@ -310,6 +314,8 @@ class Session:
         give_back_freed()
 
 
+_LAST_RUN_S = 10
+"""Seconds that the end of the process waits for a run; a lock that an interrupt left behind never comes free."""
 _LOCKS, _PROCESS = weakref.WeakSet[FairLock](), os.getpid()
 
 
@@ -319,7 +325,7 @@ def _let_runs_end() -> None:
     would abort the process."""
     if os.getpid() == _PROCESS:  # in a fork, who held a lock is gone
         for lock in list(_LOCKS):
-            lock.__enter__()
+            lock.acquire(_LAST_RUN_S)
 
 
 class _Closed:
@@ -335,6 +341,8 @@ def _pieces(ids: Sequence[int], past: int, n_head: int) -> list[Sequence[int]]:
     while start < len(ids):
         fitting = _MOST_SCORES // (n_head * (past + start + PREFILL_CHUNK))
         size = min(PREFILL_CHUNK, max(_LEAST_CHUNK, fitting // _LEAST_CHUNK * _LEAST_CHUNK))
+        if len(ids) - start - size == 1:  # which would be run alone (see RERUN)
+            size -= 1
         pieces.append(ids[start : start + size])
         start += size
     return pieces

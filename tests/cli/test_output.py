@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from gptedge.cli import main
+from gptedge.interrupts import KILLS
 from gptedge.runtime.generate import Chunk
 from tests.cli.run import run
 
@@ -24,6 +26,48 @@ def test_stdout_takes_any_text(monkeypatch: pytest.MonkeyPatch) -> None:
     assert main(["verify", "wörld 你好", "--json"]) == 1
     sys.stdout.flush()
     assert "wörld 你好 does not exist" in json.loads(out.getvalue())["error"]
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_output_that_cannot_be_written(tiny_bundle: Path, flags: list[str]) -> None:
+    command = [sys.executable, "-m", "gptedge", "inspect", str(tiny_bundle), *flags]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, "No space left" in done.stderr, "Traceback" in done.stderr) == (1, True, False)
+
+
+def test_stdout_may_be_closed(tiny_bundle: Path) -> None:
+    command = f"exec {sys.executable} -m gptedge inspect {tiny_bundle} >&-"
+    done = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_ctrl_c_while_the_command_is_loaded(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Impatient:
+        def find_spec(self, name: str, *_: object) -> None:
+            if name == "gptedge.cli.app":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "gptedge.cli.app")
+    monkeypatch.delattr("gptedge.cli.app")
+    monkeypatch.setattr(sys, "meta_path", [Impatient(), *sys.meta_path])
+    assert main(["doctor"]) == 130
+    assert capsys.readouterr().err == "gptedge: interrupted\n"
+
+
+def test_a_terminal_that_closes_says_so_twice(capsys: pytest.CaptureFixture[str]) -> None:
+    """The second time, nothing is interrupted: what unwinds may hold locks."""
+    before = {number: signal.getsignal(number) for number in KILLS}
+    try:
+        assert main(["--version"]) == 0
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGHUP)
+        signal.raise_signal(signal.SIGHUP)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @pytest.mark.parametrize(("said", "line"), [(["Once", ""], "Once\n"), ([""], ""), ([], "")])

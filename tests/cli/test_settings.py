@@ -82,6 +82,15 @@ def test_json_asked_for_elsewhere_has_its_errors_too(
     assert is_json()
 
 
+@pytest.mark.parametrize("name", ["MAX_KL", "MAX_KLD"])
+def test_every_name_of_an_option_has_a_variable(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv(f"GPTEDGE_EVAL_{name}", "much")
+    code, _, err = run(capsys, "eval", "bundle", "--text", "text")
+    assert (code, f"GPTEDGE_EVAL_{name}" in err) == (2, True)
+
+
 def test_variables_are_named_by_options(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert "GPTEDGE_VERIFY_JSON" in run(capsys, "verify", "--help")[1]
     monkeypatch.setenv("GPTEDGE_VERIFY_AS_JSON", "1")

@@ -268,7 +268,7 @@ def test_wrong_numbers_are_found_by_verification(
         (["bench", "{bundle}", "--repeat", "0", "--prompt-tokens", "9", "--new-tokens", "9"], 2, "at least 1"),
         (
             ["bench", "{bundle}", "--prompt-tokens", "900000"],
-            1,
+            2,
             "context of 300; lower --prompt-tokens or --new-tokens",
         ),
         (["bench", "{bundle}", "--tune", "--threads", "0"], 2, "--tune finds the number of threads"),
@@ -318,9 +318,9 @@ def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_force_replaces(tiny_checkpoint: Path, tmp_path: Path) -> None:
     assert main(["export", str(tiny_checkpoint), str(tmp_path / "b"), "--no-verify"]) == 0
-    (tmp_path / "b" / "stray").touch()
+    (tmp_path / "b" / "config.json").write_text("{}")
     assert main(["export", str(tiny_checkpoint), str(tmp_path / "b"), "--no-verify", "--force"]) == 0
-    assert not (tmp_path / "b" / "stray").exists()
+    assert (tmp_path / "b" / "config.json").read_text() != "{}"
     assert [p.name for p in tmp_path.iterdir()] == ["b"]
 
 
@@ -337,6 +337,37 @@ def test_force_replaces_nothing_but_models(
     assert (tmp_path / "texts" / "novel.txt").read_text() == "mine"
     (tmp_path / "texts" / "novel.txt").unlink()
     assert run(capsys, *command)[0] == 0, "an empty folder holds nothing to lose"
+
+
+@pytest.mark.parametrize("manifest", [None, "{", "[]", '{"format_version": 1}'])
+def test_force_keeps_what_is_no_part_of_the_bundle(
+    capsys: pytest.CaptureFixture[str], tiny_bundle: Path, tmp_path: Path, manifest: str | None
+) -> None:
+    """As far as the manifest, which the bundle that is to be replaced may lack, says what is."""
+    out = shutil.copytree(tiny_bundle, tmp_path / "b")
+    (out / "LICENSE").write_text("mine")
+    if manifest:
+        (out / "manifest.json").write_text(manifest)
+    code, _, err = run(capsys, "quantize", tiny_bundle, out, "--recipe", "int4-rtn", "--force")
+    assert (code, (out / "LICENSE").exists()) == ((0, False) if manifest else (2, True))
+    assert manifest or f"LICENSE in {out} is no part of the bundle" in err
+
+
+@pytest.mark.parametrize("verb", ["report", "explain", "eval"])
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(
+    capsys: pytest.CaptureFixture[str],
+    tiny_bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    verb: str,
+) -> None:
+    (tmp_path / "pairs").write_text('{"prompt": "a", "reference": "b"}\n')
+    options = {"report": ["--out"], "explain": ["text", "--html"], "eval": ["--pairs", tmp_path / "pairs", "--out"]}
+    monkeypatch.setattr("gptedge.loading.load", None)
+    monkeypatch.setattr("os.access", lambda _path, mode: not mode & os.W_OK)
+    code, _, err = run(capsys, verb, tiny_bundle, *options[verb], tmp_path / "made")
+    assert (code, err.count("\n")) == (2, 1)
+    assert f"{tmp_path / 'made'} cannot be written: Permission denied" in err
 
 
 @pytest.fixture

@@ -14,8 +14,16 @@ import pytest
 
 from gptedge.bundle import open_bundle
 from gptedge.errors import BundleError, DataError, UsageError
-from gptedge.evaluate.bench import bench, memory_bandwidth
-from gptedge.evaluate.divergence import check_same_tokens, evaluate, ratio_interval, score
+from gptedge.evaluate.bench import bench, lengths, memory_bandwidth
+from gptedge.evaluate.divergence import (
+    Scores,
+    Side,
+    check_same_tokens,
+    evaluate,
+    ratio_interval,
+    score,
+    summarize,
+)
 from gptedge.loading import load
 from gptedge.runtime.kv_cache import KVCache
 from gptedge.runtime.session import Session
@@ -215,6 +223,30 @@ def test_a_large_vocabulary_fits_in_two_gigabytes(tiny_checkpoint: Path, tmp_pat
     once = peak(1)
     assert 100 < once < 600  # 410 as a rule
     assert peak(3) < once + 100
+
+
+def test_what_is_beyond_all_numbers_is_very_large() -> None:
+    """A model so broken that e to its surprise overflows: gates judge on."""
+    side = Side(np.array([800.0, 900.0]), np.array([0, 0]), np.array([-1.0, -1.0]))
+    other = Side(np.array([1.0, 2.0]), np.array([1, 0]), np.array([-1.0, -1.0]))
+    ids = np.arange(4).reshape(2, 2)
+    for model, reference in ((side, other), (other, side)):
+        got = summarize(Scores(ids, model, reference, np.array([700.0, 800.0])))
+        assert got.kl_divergence is not None
+        assert got.kl_divergence["mean"] == 750
+        json.dumps(got.as_json(), allow_nan=False)
+    assert summarize(Scores(ids, side, other, np.zeros(2))).perplexity > 1e300
+
+
+def test_bench_takes_what_the_context_has_room_for() -> None:
+    assert lengths(8192, None, None) == (512, 128)
+    assert lengths(300, None, None) == (172, 128)
+    assert lengths(100, None, None, least_steps=60) == (40, 50)
+    assert lengths(300, None, 299) == (1, 299)
+    assert lengths(300, 172, 128) == (172, 128)
+    for given in ((173, 128), (None, 300), (300, None)):
+        with pytest.raises(UsageError, match="do not fit the model's context of 300"):
+            lengths(300, *given)
 
 
 def test_bench_reports_every_key(session: Session) -> None:

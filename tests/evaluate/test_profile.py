@@ -38,4 +38,4 @@ def test_a_context_too_small_for_the_profile_is_said_before_measuring(
 ) -> None:
     monkeypatch.setattr("gptedge.evaluate.bench.bench", None)
     code, _, err = run(capsys, "bench", tiny_bundle, "--prompt-tokens", 290, "--new-tokens", 4, "--roofline")
-    assert (code, "290 tokens and 16 steps" in err) == (1, True)
+    assert (code, "290 tokens and 16 steps" in err) == (2, True)

@@ -17,7 +17,7 @@ from gptedge.bundle import GRAPH, GRAPH_DATA, open_bundle
 from gptedge.checkpoint import open_checkpoint
 from gptedge.errors import BundleError, ParityError
 from gptedge.export.exporter import export
-from gptedge.export.parity import STAGE_SIZES, Parity, check, compare, compare_stages
+from gptedge.export.parity import STAGE_SIZES, Parity, _summary, check, compare, compare_stages
 from gptedge.export.reference import Reference
 from gptedge.export.stages import cut, run_stages
 from gptedge.onnx_file import load_graph, save_graph
@@ -152,3 +152,10 @@ def test_peak_memory_does_not_grow_with_the_layers(tmp_path: Path) -> None:
     few, many = json.loads(done.stdout)
     assert many["size_mb"] > few["size_mb"] + 150
     assert many["peak_rss_mb"] < few["peak_rss_mb"] + 25
+
+
+def test_logits_that_are_all_the_same() -> None:
+    """As of a model whose head is still zero: an exact copy is one, and anything else is infinitely far."""
+    zeros, chosen = np.zeros((3, 5), np.float32), np.zeros(3, np.int64)
+    assert _summary(zeros.copy(), zeros, chosen).relative_logit_diff == 0
+    assert _summary(zeros + np.float32(0.1), zeros, chosen).relative_logit_diff == np.inf

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 
 import pytest
 
@@ -49,6 +51,26 @@ def test_the_twins_have_the_same_names_and_arguments(model: Model) -> None:
                 ours, theirs = (list(inspect.signature(getattr(t, name)).parameters) for t in (plain, twin))
                 # what is named here goes through the other's **changes, or is awaited apart
                 assert [p for p in ours if p not in ("batch_size", "cache")] == theirs, name
+
+
+async def test_the_programs_own_threads_are_left_to_it(model: Model) -> None:
+    """Where all of them are taken, replies come all the same, and a task that is cancelled ends."""
+    loop, taken = asyncio.get_running_loop(), Event()
+    with ThreadPoolExecutor(1) as pool:
+        loop.set_default_executor(pool)
+        held = loop.run_in_executor(None, taken.wait)
+        try:
+            twin = gptedge.AsyncModel(model)
+            async with asyncio.timeout(20):
+                assert (await twin.run("The", max_tokens=3)).usage.completion_tokens == 3
+                task = asyncio.create_task(twin.run("The", max_tokens=200))
+                await asyncio.sleep(0.01)
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+        finally:
+            taken.set()
+            await held
 
 
 async def test_answers_are_those_of_the_model(tiny_bundle: Path, model: gptedge.Model, tmp_path: Path) -> None:

@@ -48,6 +48,15 @@ def test_the_lock_goes_to_who_has_waited_longest() -> None:
     assert order[-1] == "free"
 
 
+def test_waiting_may_end() -> None:
+    """And who gave up is not waited for."""
+    lock = FairLock()
+    assert lock.acquire(0.01)
+    assert not lock.acquire(0.01)
+    lock.__exit__()
+    assert lock.acquire(0.01)
+
+
 def test_who_is_interrupted_while_waiting_leaves_the_queue() -> None:
     lock, end, main = FairLock(), threading.Event(), threading.get_ident()
     before = signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -15,10 +15,12 @@ from gptedge.bundle import CONFIG, GENAI_CONFIG, GRAPH, GRAPH_DATA, MANIFEST, op
 from gptedge.errors import BundleError, ContextOverflowError, UsageError
 from gptedge.graph_io import FIRST_LOGIT
 from gptedge.onnx_file import load_graph
+from gptedge.quantize.quantizer import quantize
 from gptedge.runtime import session as session_module
 from gptedge.runtime.kv_cache import KVCache, room_for
 from gptedge.runtime.onnx_runtime import choose_provider
-from gptedge.runtime.session import Session
+from gptedge.runtime.session import RERUN, Session
+from tests.conftest import TEXT
 
 CACHES = {"shared": "tiny_bundle", "growing": "portable_bundle", "int8": "float_small_cache_bundle"}
 """One model, in a graph that appends to its cache in place, in one that gives longer tensors back, and in one that
@@ -44,6 +46,24 @@ def test_cache_grows_without_changing_what_follows(session: Session) -> None:
     rows = [session.run(ids[i : i + 29], cache, every_row=True) for i in range(0, 290, 29)]
     assert len(cache) == 290
     np.testing.assert_allclose(np.concatenate(rows), whole, atol=2e-5 * whole.std())
+
+
+@pytest.mark.parametrize("n", [2, 3, 40, 257, 258])
+@pytest.mark.parametrize("recipe", ["int8", "int4-rtn"])
+def test_a_prompt_that_is_in_the_cache_gives_the_same_logits(
+    tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory, recipe: str, n: int
+) -> None:
+    """To the last bit, from which replies go on in other words: no prompt's last token is run alone."""
+    out = tiny_bundle.parent / f"again-{recipe}"
+    if not out.exists():
+        text = tmp_path_factory.mktemp("again") / "text.txt"
+        text.write_text(TEXT, encoding="utf-8")
+        quantize(tiny_bundle, out, recipe=recipe, prefill="int8", calibration=text, threads=1)
+    opened, ids = Session(open_bundle(out), threads=1), ids_of(n)
+    cache = opened.new_cache()
+    first = opened.prefill(ids, cache)
+    kept = cache.keep_common_prefix(ids[:-RERUN])
+    assert np.array_equal(opened.prefill(ids[kept:], cache), first)
 
 
 def test_behind_the_last_attention_only_wanted_tokens_are_run(tiny_bundle: Path) -> None:

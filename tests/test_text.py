@@ -1,0 +1,21 @@
+"""Text files as people have them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gptedge.errors import DataError
+from gptedge.text import read_text
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "marked").write_bytes(b"\xef\xbb\xbfone\xef\xbb\xbf")
+    assert read_text(tmp_path / "marked") == "one\ufeff"
+
+
+def test_what_is_not_utf8_is_named(tmp_path: Path) -> None:
+    (tmp_path / "latin").write_bytes(b"caf\xe9")
+    with pytest.raises(DataError, match="latin is not UTF-8 text: byte 3 is 0xe9"):
+        read_text(tmp_path / "latin")
