@@ -85,7 +85,7 @@ class ChatApp(App[BaseException]):
         self._shown: AssistantMessage | None = None
         """The reply under way."""
         self._replaced: AssistantMessage | None = None
-        """The one it takes the place of, hidden until it is sure that something comes."""
+        """The one it takes the place of, hidden until it is sure that it comes to its end."""
         self._asked: UserMessage | None = None
         self._next: Callable[[], None] | None = None
         """What to do once the reply under way has been stopped."""
@@ -211,6 +211,8 @@ class ChatApp(App[BaseException]):
         for problem in (event.error, event.not_saved):
             if problem:
                 await self.transcript.add(Note(one_line(problem), classes="error"))
+        if event.news:
+            await self.transcript.add(Note(event.news))
         following, self._next = self._next, None
         if following is not None:
             following()
@@ -227,7 +229,7 @@ class ChatApp(App[BaseException]):
         self.status.set(used_tokens=used, tokens_per_s=times.decode_tokens_per_s, ttft_ms=times.ttft_ms)
 
     async def _take_back(self, reply: Reply, shown: AssistantMessage) -> None:
-        """Nothing came, so the history is what it was before: let the screen say the same, and the user try again."""
+        """The history is what it was before: let the screen say the same, and the user try again."""
         await shown.remove()
         if self._replaced is not None:
             self._replaced.display = True
@@ -242,7 +244,7 @@ class ChatApp(App[BaseException]):
             self.reply.cancel()
 
     async def action_interrupt(self) -> None:
-        """Copy what is selected, else stop the reply under way, else quit."""
+        """Copy what is selected, else stop the reply under way, else clear the box, else quit."""
         selected = self.composer.selected_text or self.screen.get_selected_text()
         if selected:
             self.copy_to_clipboard(selected)
@@ -251,6 +253,9 @@ class ChatApp(App[BaseException]):
             self.status.flash("copied")
         elif self.reply is not None and not self.reply.cancelled:
             self.reply.cancel()
+        elif self.composer.text:
+            self.composer.put_aside()
+            self.status.flash("Up recalls it · Ctrl+C again quits")
         else:
             await self.action_quit()
 
@@ -284,9 +289,9 @@ class ChatApp(App[BaseException]):
     def _new(self) -> None:
         if self.chat is None:
             return
+        self.file = ChatFile.new(self.file.path.parent, self.file.bundle)
         self.chat.clear()
         self._resumed = []
-        self.file = ChatFile.new(self.file.path.parent, self.file.bundle)
         self.status.set(used_tokens=0, tokens_per_s=0.0, ttft_ms=0.0)
         self.call_next(self._show_new)
 
@@ -322,14 +327,14 @@ class ChatApp(App[BaseException]):
         self.leave(KeyboardInterrupt())
 
     def close(self) -> str | None:
-        """Wait for the threads and save; call it when the app has ended. Returns what prevented saving, if anything."""
+        """Wait for the threads and save; call it when the app has ended. Returns what to say of saving, if anything."""
         if self.reply is not None:
             self.reply.cancel()  # after a crash nobody has
         join_all([self.reply, self._loader], LEAVE_SECONDS)
         problem = self.file.save(self._messages()) if self.chat is not None else None
         if self._loader.model is not None:
             self._loader.model.close()
-        return problem
+        return problem or self.file.news()
 
     def _messages(self) -> list[dict[str, str]]:
         """The conversation, with what has come of a reply that could not be waited for."""

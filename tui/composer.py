@@ -50,6 +50,12 @@ class Composer(TextArea):
             self._sent.append(text)
         self._recalled = None
 
+    def put_aside(self) -> None:
+        """Clear the box; Up recalls what was in it."""
+        if self.text.strip():
+            self.remember(self.text)
+        self.load_text("")
+
     def give_back(self, text: str) -> None:
         """Put `text` before what is being written."""
         self._put(f"{text}\n{self.text}" if self.text else text)

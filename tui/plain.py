@@ -8,14 +8,15 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from gptedge.errors import DataError, GptEdgeError
 from gptedge.text import decode_utf8
 from gptedge.tui.common import CONTINUATION, answer_to, changes_to_regenerate, dropped, is_command, one_line
 from gptedge.tui.store import ChatFile
+from gptedge.tui.unfinished import Unfinished
 
 if TYPE_CHECKING:
     from gptedge import Chat, Model, Result, Stream
@@ -57,23 +58,25 @@ class Repl:
             case "/new":
                 self._new()
             case "/regenerate":
-                self._answer(lambda: self.chat.regenerate(**changes_to_regenerate(self.chat.params)))
+                self._answer(None, **changes_to_regenerate(self.chat.params))
             case _ if is_command(line):
                 _say(answer_to(line))
             case _:
-                self._answer(lambda: self.chat.stream(line))
+                self._answer(line)
 
     def _new(self) -> None:
         self._save()
-        self.chat.clear()
-        if self.file is not None:
+        if self.file is not None:  # first: the file there was must not see the conversation without its turns
             self.file = ChatFile.new(self.file.path.parent, self.file.bundle)
+        self.chat.clear()
 
-    def _answer(self, start: Callable[[], Stream]) -> None:
+    def _answer(self, question: str | None, **changes: object) -> None:
+        """`question` None answers the last one anew."""
+        reply = Unfinished(self.chat, question, self.file, **changes)
         try:
-            with start() as stream, _interrupt_cancels(stream, active=self.interactive):
-                for chunk in stream:
-                    self._write(chunk.text)
+            with reply.asked() as stream, _interrupt_cancels(stream, active=self.interactive):
+                for text in reply.read(stream):
+                    self._write(text)
         except GptEdgeError as e:
             if not self.interactive:
                 raise
@@ -86,7 +89,7 @@ class Repl:
         if problem := dropped(stream.result):
             _say(f"[{problem}]")
         if stream.result.finish_reason == "cancelled" and self.interactive:
-            _say("[stopped]")
+            _say("[stopped; the reply before it is kept]" if reply.replaces else "[stopped]")
 
     def _write(self, text: str) -> None:
         if not self._silent:
@@ -94,8 +97,11 @@ class Repl:
             sys.stdout.flush()
 
     def _save(self) -> None:
-        if self.file is not None and (problem := self.file.save(self.chat.messages)):
-            _say(f"gptedge: {problem}")
+        if self.file is None:
+            return
+        for said in (self.file.save(self.chat.messages), self.file.news()):
+            if said:
+                _say(f"gptedge: {said}")
 
 
 def _lines(interactive: bool) -> Iterator[str]:
@@ -108,17 +114,30 @@ def _lines(interactive: bool) -> Iterator[str]:
 
 
 def _typed_lines() -> Iterator[str]:
-    with suppress(ImportError):
-        import readline  # noqa: F401  (gives `input` arrow keys and history)
+    _typed()  # where there is readline, `input` has arrow keys and history from now on
     while True:
         try:
             line = input(PROMPT)
-        except (EOFError, KeyboardInterrupt):
+        except EOFError:
             print()
+            return
+        except KeyboardInterrupt:
+            print()
+            if _typed():
+                continue
             return
         if any("\ud800" <= c <= "\udfff" for c in line):  # how Python passes on bytes that are not UTF-8
             raise DataError("this line is not UTF-8 text; set the terminal to UTF-8")
         yield line.strip()
+
+
+def _typed() -> str:
+    """What stands at the prompt; nothing where that cannot be told."""
+    try:
+        import readline
+    except ImportError:
+        return ""
+    return readline.get_line_buffer()
 
 
 @contextmanager

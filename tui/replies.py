@@ -15,15 +15,13 @@ from typing import TYPE_CHECKING
 
 from textual.message import Message
 
-from gptedge.errors import UsageError
 from gptedge.tui.store import ChatFile
+from gptedge.tui.unfinished import Unfinished
 
 if TYPE_CHECKING:
     from gptedge import Chat, Model, Result, Stream
 
 BATCH_SECONDS = 0.03
-SAVE_SECONDS = 2.0
-"""How often a reply under way is written to the conversation's file."""
 
 Post = Callable[[Message], object]
 
@@ -53,6 +51,8 @@ class Ended(Message):
     error: Exception | None
     not_saved: str | None
     """What prevented saving the conversation."""
+    news: str | None
+    """What else there is to say of its file."""
 
 
 class Loader(threading.Thread):
@@ -78,13 +78,13 @@ class Reply(threading.Thread):
     def __init__(self, chat: Chat, question: str | None, post: Post, file: ChatFile, **changes: object) -> None:
         """`question` None answers the last one anew. `changes` are sampling parameters for this reply."""
         super().__init__(name="gptedge-reply", daemon=True)
-        self.chat, self.question, self._changes = chat, question, changes
+        self.chat, self.question = chat, question
         self._post, self._file = _from_thread(post), file
+        self._reply = Unfinished(chat, question, file, **changes)
         self._cancelled = threading.Event()
         self._stream: Stream | None = None
-        self._text: list[str] = []
         self._taken = 0
-        """How many of them the app has."""
+        """How many of its pieces the app has."""
         self._told = False
         """The app knows that there is more."""
         self._lock = threading.Lock()
@@ -102,58 +102,32 @@ class Reply(threading.Thread):
     def take(self) -> str:
         """The text that has come since the last time."""
         with self._lock:
-            text = "".join(self._text[self._taken :])
-            self._taken, self._told = len(self._text), False
-            return text
+            pieces = self._reply.pieces[self._taken :]
+            self._taken, self._told = self._taken + len(pieces), False
+        return "".join(pieces)
 
     def so_far(self) -> list[dict[str, str]]:
         """The conversation with what has come of this reply."""
-        messages = [dict(m) for m in self.chat.messages]
-        if self.question is not None:
-            messages.append({"role": "user", "content": self.question})
-        elif messages and messages[-1]["role"] == "assistant":
-            messages.pop()
-        return [*messages, {"role": "assistant", "content": text}] if (text := "".join(self._text)) else messages
+        return self._reply.messages()
 
     def run(self) -> None:
         error: Exception | None = None
         try:
-            self._stream = self._open()
-            if self._cancelled.is_set():  # before there was a stream to cancel
-                self._stream.cancel()
-            with self._stream:
+            with self._reply.asked() as self._stream:
+                if self._cancelled.is_set():  # before there was a stream to cancel
+                    self._stream.cancel()
                 self._read(self._stream)
         except Exception as e:  # a thread has no caller: the app shows it in the conversation
             error = e
-        result = _kept(self._stream)
-        self._post(Ended(result, error, self._file.save(self.chat.messages)))
-
-    def _open(self) -> Stream:
-        if self.question is None:
-            return self.chat.regenerate(**self._changes)
-        self._file.save(self.so_far())
-        return self.chat.stream(self.question, **self._changes)
+        not_saved = self._file.save(self.chat.messages)
+        self._post(Ended(self._reply.kept, error, not_saved, self._file.news()))
 
     def _read(self, stream: Stream) -> None:
-        saved = time.monotonic()
-        for chunk in stream:
+        for _ in self._reply.read(stream):
             with self._lock:
-                self._text.append(chunk.text)
                 tell, self._told = not self._told, True
             if tell:
                 self._post(TextCame(self))
-            if self.question is not None and time.monotonic() - saved >= SAVE_SECONDS:
-                saved = time.monotonic()
-                self._file.save(self.so_far())
-
-
-def _kept(stream: Stream | None) -> Result | None:
-    """What a chat takes into its history: a result with tokens."""
-    if stream is None:
-        return None
-    with suppress(UsageError):
-        return stream.result if stream.result.token_ids else None
-    return None
 
 
 def _from_thread(post: Post) -> Post:

@@ -168,6 +168,23 @@ async def test_regenerating_that_is_stopped_at_once_leaves_the_old_reply(drive: 
         assert d.app.composer.text == ""
 
 
+async def test_regenerating_that_is_stopped_in_the_middle_leaves_the_old_reply(drive: Any) -> None:
+    cut = Turn(words(3), gate=threading.Event(), gate_at=2)
+    model = FakeModel([Turn(["first"]), cut, Turn(["second"])])
+    async with drive(model) as d:
+        await d.ready()
+        await d.send("q")
+        await d.pilot.press("ctrl+r")
+        await d.until(lambda: "word1" in d.screen)
+        await d.pilot.press("escape")
+        await d.idle()
+        assert [r.text for r in d.replies] == ["first"]
+        assert "word1" not in d.screen
+        assert store.read(d.app.file.path).messages[-1]["content"] == "first"
+        await d.send("more")
+    assert [m["content"] for m in model.asked[2]] == ["q", "first", "more"]
+
+
 async def test_regenerating_while_a_reply_runs_stops_it_first(drive: Any) -> None:
     model = FakeModel([Turn(words(3), gate=threading.Event(), gate_at=2), Turn(["anew"])])
     async with drive(model) as d:

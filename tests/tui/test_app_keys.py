@@ -53,6 +53,21 @@ async def test_keys_of_the_box(drive: Any) -> None:
         assert len(d.replies) == 2
 
 
+async def test_control_c_clears_what_is_not_sent_before_it_quits(drive: Any) -> None:
+    async with drive(FakeModel([Turn(["ok"])])) as d:
+        await d.ready()
+        d.app.composer.insert("a long draft\nof two lines ")
+        await d.pilot.press("ctrl+c")
+        await d.pilot.pause()
+        assert d.app.is_running
+        assert d.app.composer.text == ""
+        await d.pilot.press("up")
+        assert d.app.composer.text == "a long draft\nof two lines "
+        await d.pilot.press("ctrl+c")
+        await d.pilot.press("ctrl+c")
+        await d.until(lambda: not d.app.is_running)
+
+
 async def test_keys_typed_fast_are_sent_in_order(drive: Any) -> None:
     model = FakeModel([Turn(["ok"])])
     async with drive(model) as d:

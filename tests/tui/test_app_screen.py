@@ -37,6 +37,15 @@ async def test_a_code_fence_cut_anywhere_ends_up_as_one_block(drive: Any) -> Non
         assert len(d.replies[0].query(Markdown)) == 1
 
 
+async def test_long_lines_of_code_wrap(drive: Any) -> None:
+    names = [f"argument_{i}" for i in range(20)]
+    async with drive(FakeModel([Turn([f"```python\ncall({', '.join(names)})\nshort()\n```\n"])]), size=(60, 24)) as d:
+        await d.ready()
+        await d.send("code")
+        await d.until(lambda: "short()" in d.screen)
+        assert [name for name in names if name not in d.screen] == []
+
+
 async def test_lines_of_a_poem_stay_lines(drive: Any) -> None:
     async with drive(FakeModel([Turn(["Roses are red,\nviolets are blue."])])) as d:
         await d.ready()

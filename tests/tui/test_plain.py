@@ -176,6 +176,39 @@ def test_on_a_terminal_control_c_stops_the_reply_and_keeps_it(tmp_path: Path) ->
 
 
 @needs_pty
+def test_on_a_terminal_a_new_answer_that_is_stopped_leaves_the_old_one(tmp_path: Path) -> None:
+    with Terminal(str(FAKES), "plain", str(tmp_path), "6") as t:
+        t.until("> ")
+        t.send("count\n")
+        t.until(r"word5 \s+> ")
+        t.send("/regenerate\n")
+        t.until("word1 ")
+        t.send("\x03")
+        t.until(r"\[stopped; the reply before it is kept\]\s+> ")
+        t.send("\x04")
+        assert t.end() == 0
+    assert store.latest(tmp_path).messages[-1]["content"] == "word0 word1 word2 word3 word4 word5 "
+
+
+@needs_pty
+def test_on_a_terminal_control_c_drops_a_line_that_is_not_sent(tmp_path: Path) -> None:
+    pytest.importorskip("readline")
+    with Terminal(str(FAKES), "plain", str(tmp_path)) as t:
+        t.until("> ")
+        t.send("half a question")
+        t.until("half a question")
+        t.send("\x03")
+        t.until("> ")
+        t.send("count\n")
+        t.until("word1 ")
+        t.send("\x03")
+        t.until(r"\[stopped\]\s+> ")
+        t.send("\x03")  # at an empty prompt
+        assert t.end() == 0
+    assert store.latest(tmp_path).messages[0]["content"] == "count"
+
+
+@needs_pty
 def test_on_a_terminal_control_d_leaves(tmp_path: Path) -> None:
     with Terminal(str(FAKES), "plain", str(tmp_path)) as t:
         t.until("> ")
