@@ -196,10 +196,10 @@ def test_settings_come_from_flag_then_environment_then_file(
     assert err.endswith("g.toml: [train] has no option 'max-step'; did you mean max_steps?\n")
     (tmp_path / "g.toml").write_text("[eval]\nmax-kl = 1.0\n")  # another spelling of --max-kld
     assert "--reference" in run(capsys, "eval", tiny_bundle, "--text", tmp_path / "g.toml")[2]
-    monkeypatch.setenv("GPTEDGE_EVAL_MAX_KL", "1")
+    monkeypatch.setenv("GPTEDGE_EVAL_MAX_KLDD", "1")
     code, _, err = run(capsys, "eval", tiny_bundle, "--text", tmp_path / "g.toml")
     assert code == 2
-    assert "GPTEDGE_EVAL_MAX_KL is no setting of eval; did you mean GPTEDGE_EVAL_MAX_KLD?" in err
+    assert "GPTEDGE_EVAL_MAX_KLDD is no setting of eval; did you mean GPTEDGE_EVAL_MAX_KLD?" in err
 
 
 def test_arguments_are_settings_too(
