@@ -236,7 +236,7 @@ class AsyncModel:
         return self.model.context_length
 
     async def close(self) -> None:
-        await asyncio.to_thread(self.model.close)
+        await _threaded(self.model.close)
 
     async def __aenter__(self) -> AsyncModel:
         return self

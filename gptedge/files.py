@@ -56,8 +56,8 @@ def new_file(destination: Path) -> Iterator[Path]:
             _sync(work)
             os.replace(work, destination)
     finally:
-        with suppress(OSError):  # what cannot be removed was not made either, as in a folder that is read-only
-            work.unlink()
+        with suppress(OSError):  # a folder that is read-only refuses this too, which must not hide the first refusal
+            work.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -30,7 +30,6 @@ DEFAULT_CONTEXT = 512
 COMPARED = 20_000
 """Characters of a text by which two tokenizers are compared."""
 _ROWS = 64  # positions whose logits are held at once: two models' rows of a 150k vocabulary take 77 MB
-
 _LARGEST_EXPONENT = 709.0  # of e, within float64
 
 Floats = npt.NDArray[np.float64]
