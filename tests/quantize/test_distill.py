@@ -19,7 +19,7 @@ from gptedge.quantize import calibration, distill
 from gptedge.quantize.quantizer import quantize
 from gptedge.quantize.torch_graph import TorchGraph
 from gptedge.quantize.work import START, kept_work
-from gptedge.runtime.session import PREFILL_AT_LEAST, Session
+from gptedge.runtime.session import PREFILL_AT_LEAST, RERUN, Session
 from gptedge.tokenizer import Tokenizer
 from tests.conftest import TEXT
 
@@ -147,8 +147,8 @@ def test_the_graph_for_prompts_is_that_of_the_float_model(
     for bundle in (plain, trained):
         session = Session(open_bundle(bundle), threads=1)
         cache = session.new_cache()
-        session.prefill(Tokenizer.from_folder(bundle).encode(TEXT)[: PREFILL_AT_LEAST + 1], cache)
-        rows = slice(len(cache) - 1)  # the last token is the other graph's
+        session.prefill(Tokenizer.from_folder(bundle).encode(TEXT)[: PREFILL_AT_LEAST + RERUN], cache)
+        rows = slice(len(cache) - RERUN)  # the last tokens are the other graph's
         read.append([b.numpy()[0, :, rows].copy() for b in cache.buffers])  # these give their memory back
     assert np.array_equal(*read)
 
