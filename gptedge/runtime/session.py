@@ -158,7 +158,7 @@ class Session:
         self.signature = signature
         self.n_layer, self.vocab_size = signature.n_layer, signature.vocab_size
         self.context_length = signature.context_length
-        self._output_names = [LOGITS, *present_names(self.n_layer)]
+        self._past_names, self._output_names = past_names(self.n_layer), [LOGITS, *present_names(self.n_layer)]
         cpu, own = (self._ort.OrtDevice.make(place, 0)._get_c_device() for place in ("cpu", kind))
         self._devices = [cpu, *[own] * (2 * self.n_layer)]
 
@@ -286,16 +286,20 @@ class Session:
         A shared cache is bound as input and output, a growing one takes what comes. io_binding would do, but refuses
         optional inputs.
         """
-        state, value = self._ort.capi._pybind_state, self._ort.OrtValue.ortvalue_from_numpy
-        held = [value(a) for a in feeds.values()]  # these must outlive the call
+        state, cpu = self._ort.capi._pybind_state, self._devices[0]
+        # By the class that OrtValue wraps: a tenth off a step of a small model. Arrays must outlive the call.
+        held, made = (
+            [state.OrtValue.ortvalue_from_numpy(a, cpu) for a in arrays] for arrays in (feeds.values(), logits)
+        )
         inputs, outputs = state.OrtValueVector(), state.OrtValueVector()
         names, given = (cache.adapter.names, cache.adapter.values) if cache.adapter else ((), ())
-        for v in (*held, *cache.buffers, *given):
-            inputs.push_back(v._ortvalue)
-        shared, made = self.signature.cache.shared, [value(a) for a in logits]
-        for v in (*made, *cache.buffers) if shared else ():
-            outputs.push_back(v._ortvalue)  # onnxruntime makes what is not given here
-        names = (*feeds, *past_names(self.n_layer), *names)
+        buffers = [b._ortvalue for b in cache.buffers]
+        for v in (*held, *buffers, *(g._ortvalue for g in given)):
+            inputs.push_back(v)
+        shared = self.signature.cache.shared
+        for v in (*made, *buffers) if shared else ():
+            outputs.push_back(v)  # onnxruntime makes what is not given here
+        names = (*feeds, *self._past_names, *names)
         skipped = 1 - len(logits)
         graph._sess.run_with_ortvaluevector(
             self._run_options, names, inputs, self._output_names[skipped:], outputs, self._devices[skipped:]
