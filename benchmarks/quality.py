@@ -46,8 +46,8 @@ PLOT = "docs/quality.svg"
 LLAMA_CPP_PROGRAM = Path(__file__).with_name("llama_cpp_program.py")
 WINDOWS, WINDOW = 16, 512
 PEERS = ("genai", "llama-cpp")
-TARGETS_MB = (80, 105)
-"""What a recipe fills that is made for a size: less than any other here, and as much as llama.cpp's Q4_K_M."""
+TARGETS_MB = (80, 92, 105)
+"""What a recipe fills that is made for a size: as much as `int4`, `int4-distill` and llama.cpp's Q4_K_M."""
 KINDS = ("gptedge", "onnxruntime-genai", "llama.cpp")
 
 # Name -> precision and further options of the builder.

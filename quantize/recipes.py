@@ -139,7 +139,12 @@ _SMOOTH_TABLES = tuple(dataclasses.replace(g, smooth=True) for g in _TABLES)
 
 _FINE_INT4 = dataclasses.replace(_INT4, block_size=16)
 _FINE_INT8 = dataclasses.replace(_INT8, block_size=32)
-_RARE = Group("*.weight.rare", dataclasses.replace(_FINE_INT4, symmetric=True), "gptq")
+_COMMON = 16384
+_SPLIT_TABLES = (
+    Group("*.weight.rare", dataclasses.replace(_FINE_INT4, symmetric=True), "gptq"),
+    *(dataclasses.replace(g, match=f"{g.match}*") for g in _SMOOTH_TABLES),
+)
+"""8 bits for a whole table, or for the rows of its common tokens; 4 for the others."""
 _CALIBRATED = Group("*", _INT4, "gptq", equalize=True)
 _ATTENDED = dataclasses.replace(_CALIBRATED, match="*.attn.[qkv]*", first_token=30)
 
@@ -162,27 +167,29 @@ RECIPES: Mapping[str, Recipe] = {
         (*_TABLES, Group("*", _INT4, equalize=True)),
     ),
     "int4": Recipe(
-        "4-bit weights in blocks of 32, calibrated: GPTQ on quantized inputs, then coordinate descent; 8-bit table",
-        (*_SMOOTH_TABLES, _ATTENDED, _CALIBRATED),
+        "4-bit weights in blocks of 32, calibrated: GPTQ on quantized inputs, then coordinate descent; of a large "
+        "table the rows of common tokens keep 8 bits",
+        (*_SPLIT_TABLES, _ATTENDED, _CALIBRATED),
+        common_tokens=_COMMON,
     ),
     "int4-distill": Recipe(
-        "int4 in smaller blocks and from more text, each token weighed by what hangs on it, 4 bits for rare tokens in "
-        "the table, 8 for queries, keys and values; then trained on what the float model answers; needs torch, an hour",
+        "int4 in smaller blocks and from more text, each token weighed by what hangs on it, 8 bits for queries, keys "
+        "and values; then trained on what the float model answers; needs torch, an hour",
         (
-            _RARE,
-            *(dataclasses.replace(g, match=f"{g.match}*") for g in _SMOOTH_TABLES),
+            *_SPLIT_TABLES,
             dataclasses.replace(_ATTENDED, scheme=_FINE_INT8, smooth=True),  # where bits save most for their bytes
             dataclasses.replace(_CALIBRATED, scheme=_FINE_INT4),
         ),
-        common_tokens=16384,
+        common_tokens=_COMMON,
         calibration_windows=128,
         weigh_tokens=True,
         distill_steps=400,
     ),
     "mixed": Recipe(
         "bits and block size of each weight chosen by what rounding it was measured to cost; fills --target-mb",
-        (*_SMOOTH_TABLES, _ATTENDED, _CALIBRATED),
+        (*_SPLIT_TABLES, _ATTENDED, _CALIBRATED),
         fills_target=True,
+        common_tokens=_COMMON,
     ),
 }
 

@@ -73,6 +73,13 @@ def split_tables(model: onnx.ModelProto, read: Read, common: int, special: Colle
     return read_part
 
 
+def table_of(weight: str) -> str:
+    """The name of the table that a weight is, or is a part of."""
+    plain = plain_name(weight)
+    name, _, part = plain.rpartition(".")
+    return name if part in PARTS else plain
+
+
 def _part_name(weight: str, part: Part) -> str:
     plain = plain_name(weight)
     return f"{plain}.{part.name}{weight.removeprefix(plain)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,16 @@ from onnx import helper
 
 from gptedge.bundle import GRAPH, open_bundle
 from gptedge.errors import UsageError
-from gptedge.evaluate.divergence import evaluate
+from gptedge.evaluate.divergence import evaluate, log_softmax
 from gptedge.graph_io import LOGITS
 from gptedge.onnx_file import load_graph
+from gptedge.progress import silent
+from gptedge.quantize.mixed import TABLE_SCHEMES, Probe, Roundings, Subject
 from gptedge.quantize.passes import find_targets
 from gptedge.quantize.quantizer import quantize
-from gptedge.quantize.recipes import Group, Recipe, Scheme
+from gptedge.quantize.recipes import RECIPES, Group, Recipe, Scheme
 from gptedge.quantize.report_weights import weight_errors
+from gptedge.quantize.rounding import dequantize
 from gptedge.quantize.smooth import smoothed
 from gptedge.quantize.split_table import Part, parts_of, split_tables
 from gptedge.quantize.walk import Read, Walk
@@ -62,6 +66,29 @@ def logits(model: onnx.ModelProto, read: Read, ids: npt.NDArray[np.int64]) -> np
     model = copy.deepcopy(model)
     model.graph.node.append(helper.make_node("Identity", [LOGITS], ["end"], name="end"))
     return np.concatenate(Walk(model, read, ids, threads=1).inputs_of("end"))
+
+
+def test_what_a_part_costs_is_measured_on_all_logits(tmp_path: Path) -> None:
+    """The planner's divergence of a table's parts is that of the whole graph with them rounded."""
+    model, read = make(tiny_config(ROWS), tmp_path)
+    read = split_tables(model, read, COMMON, SPECIAL)
+    parts = [t for t in find_targets(model, RECIPES["mixed"]) if t.lookups]
+    with ThreadPoolExecutor(1) as pool:
+        subject = Subject(model, read, parts, 1, pool)
+        probe = Probe(subject, IDS, Roundings(subject, IDS, silent).probes)
+    rows = np.arange(IDS.size).reshape(IDS.shape)[:, IDS.shape[1] // 2 :].ravel()
+    before = log_softmax(logits(model, read, IDS).reshape(-1, ROWS)[rows])
+    for chosen in ([parts[0]], [parts[1]], parts):
+        names = {t.weight for t in chosen}
+
+        def rounded(tensor: onnx.TensorProto, names: set[str] = names) -> npt.NDArray[Any]:
+            blocks = probe.rounded[tensor.name] if tensor.name in names else None
+            return read(tensor) if blocks is None else dequantize(blocks, TABLE_SCHEMES[0], read(tensor).shape[1])
+
+        after = log_softmax(logits(model, rounded, IDS).reshape(-1, ROWS)[rows])
+        expected = float((np.exp(before) * (before - after)).sum(-1).mean())
+        assert probe.divergence(chosen) == pytest.approx(expected, rel=1e-3)
+        assert expected > 1e-5
 
 
 @pytest.fixture(scope="module")
