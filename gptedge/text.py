@@ -35,6 +35,11 @@ def read_text(path: Path) -> str:
         raise DataError(f"{path} cannot be read: {e.strerror}") from None
 
 
+def counted(count: int, noun: str) -> str:
+    """`1 document`, `1,200 documents`."""
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
 def decode_utf8(data: bytes, where: str | Path) -> str:
     """Text of UTF-8 bytes; DataError naming the first byte that is not."""
     try:

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from gptedge.cli.common import BundleArgument, Force, Json, emit, needs
+from gptedge.text import counted
 
 
 def command(
@@ -28,5 +29,5 @@ def command(
     emit(
         {**asdict(result), "adapter": str(out)},
         as_json=as_json,
-        lines=[f"{out}: {result.layers} layers, of a rank of at most {result.rank}{checked}"],
+        lines=[f"{out}: {counted(result.layers, 'layer')}, of a rank of at most {result.rank}{checked}"],
     )

@@ -21,6 +21,7 @@ from gptedge.cli.common import (
     say,
 )
 from gptedge.errors import UsageError
+from gptedge.text import counted
 
 _SHOWN_MS = 0.01
 
@@ -73,7 +74,7 @@ def command(
         f"decode  {result.decode_tokens_per_s:g} tokens/s, {result.roofline['decode_fraction']:.0%} of what "
         f"{result.roofline['memory_gb_per_s']:g} GB/s of memory allow",
         f"load    {result.load_ms:g} ms, peak memory {result.peak_rss_mb:g} MB",
-        f"on      {result.threads} threads ({model.threads_from}), {result.provider}",
+        f"on      {counted(result.threads, 'thread')} ({model.threads_from}), {result.provider}",
     ]
     lines += [f"{ms:7.2f} ms  {name}" for name, ms in spent.items() if ms >= _SHOWN_MS]
     value = {**result.as_json(), "profile": {"source": model.threads_from, **tuned}}
@@ -98,6 +99,6 @@ def _tune(bundle: Path, loading: Loading) -> dict[str, Any]:
             loading["threads"] = threads
     for trial in trials:
         differs = "" if trial.equal else ", with other numbers, so not to be used"
-        say(f"{trial.threads} threads: {trial.ratio:.2f} of the time of {usual}{differs}")
-    say(f"{threads} threads it is" + (f"; kept in {path}" if path else ""))
+        say(f"{counted(trial.threads, 'thread')}: {trial.ratio:.2f} of the time of {usual}{differs}")
+    say(f"{counted(threads, 'thread')} it is" + (f"; kept in {path}" if path else ""))
     return {"trials": [vars(trial) for trial in trials], "path": None if path is None else str(path)}

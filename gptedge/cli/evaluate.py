@@ -22,6 +22,7 @@ from gptedge.cli.gates import (
 )
 from gptedge.config import SamplingParams
 from gptedge.errors import UsageError
+from gptedge.text import counted
 
 if TYPE_CHECKING:
     from gptedge.evaluate.text_metrics import Pair
@@ -200,7 +201,7 @@ def divergence_lines(facts: dict[str, Any]) -> list[str]:
     if "perplexity" not in facts:
         return []
     bits = f"; {facts['bits_per_byte']:.3f} bits per byte" if "bits_per_byte" in facts else ""
-    lines = [f"perplexity {facts['perplexity']:.3f} over {facts['tokens']} tokens{bits}"]
+    lines = [f"perplexity {facts['perplexity']:.3f} over {facts['tokens']:,} tokens{bits}"]
     if "kl_divergence" not in facts:
         return lines
     spread = "one window gives no interval"
@@ -221,7 +222,7 @@ def _text_lines(facts: dict[str, Any]) -> list[str]:
         return []
     asked = "through the chat template" if facts["chat"] else "continued"
     return [
-        f"replies    {facts['pairs']} prompts, {asked}",
+        f"replies    {counted(facts['pairs'], 'prompt')}, {asked}",
         f"BLEU       {facts['bleu']:.2f}    chrF {facts['chrf']:.2f}",
         f"ROUGE      1 {facts['rouge1']:.4f}, 2 {facts['rouge2']:.4f}, L {facts['rougeL']:.4f}",
         f"signatures {facts['sacrebleu']['bleu']}; {facts['sacrebleu']['chrf']}",

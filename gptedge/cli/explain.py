@@ -9,6 +9,7 @@ import typer
 
 from gptedge.cli.common import Force, Json, Threads, check_new_file, emit, needs, text_argument, write_page
 from gptedge.errors import UsageError
+from gptedge.text import counted
 
 if TYPE_CHECKING:
     from gptedge.evaluate.explain import Explanation
@@ -45,7 +46,7 @@ def command(
     if as_json:
         emit({**found.as_json(layer, head), "page": html and str(html)}, as_json=True, lines=())
     elif html is not None:
-        print(f"{html}: {len(found.tokens)} tokens, {_maps(found)}")
+        print(f"{html}: {counted(len(found.tokens), 'token')}, {_maps(found)}")
     else:
         from rich.console import Console
 
@@ -69,4 +70,4 @@ def _maps(found: Explanation) -> str:
     if found.attention is None:
         return str(found.attention_note)
     layers, heads = found.attention.shape[:2]
-    return f"maps of {layers} layers with {heads} heads each"
+    return f"maps of {counted(layers, 'layer')} with {counted(heads, 'head')} each"

@@ -11,6 +11,7 @@ import typer
 from gptedge.cli.common import Force, Json, SourceArgument, Threads, emit, needs
 from gptedge.cli.training_settings import settings_from, show_settings
 from gptedge.cli.watch import SampleEvery, SamplePrompt, TensorBoard, outcome, watching
+from gptedge.text import counted
 
 
 def _print_settings(wanted: bool) -> None:
@@ -106,6 +107,6 @@ def command(
             on_message=on_message,
             on_model=on_model,
         )
-    line = f"{out}: {result.examples} examples, {outcome(result)}"
+    line = f"{out}: {counted(result.examples, 'example')}, {outcome(result)}"
     then = f"adapter {out} BUNDLE {out}.onnx_adapter" if settings.adapter else f"export {out} {out}-onnx"
     emit({**asdict(result), "checkpoint": str(out)}, as_json=as_json, lines=[line, f"next: gptedge {then}"])

@@ -9,6 +9,7 @@ import typer
 
 from gptedge.cli.common import Force, Json, Threads, check_new_file, emit, needs, progress, write_page
 from gptedge.cli.evaluate import Context
+from gptedge.text import counted
 
 if TYPE_CHECKING:
     from gptedge.quantize.report import ReportData
@@ -57,5 +58,5 @@ def command(
 
 
 def _what(data: ReportData) -> str:
-    parts = [f"{len(data.bundles)} bundles on {data.tokens} positions"] if data.bundles else []
-    return ", ".join([*parts, *([f"{len(data.runs)} training runs"] if data.runs else [])])
+    parts = [f"{counted(len(data.bundles), 'bundle')} on {data.tokens:,} positions"] if data.bundles else []
+    return ", ".join([*parts, *([counted(len(data.runs), "training run")] if data.runs else [])])

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gptedge.cli.common import needs, say
+from gptedge.text import counted
 
 if TYPE_CHECKING:
     from gptedge.train.finetune import FinetuneResult
@@ -66,4 +67,4 @@ def outcome(result: TrainResult | FinetuneResult) -> str:
     """Of a run: its steps, whose weights were written where they are not the last's, and its losses."""
     best = "" if result.weights_step == result.steps else f" (weights of step {result.weights_step}, the best)"
     held_out = "" if result.val_loss is None else f", {result.val_loss:.3f} held out"
-    return f"{result.steps} steps{best}, loss {result.loss:.3f}{held_out}"
+    return f"{counted(result.steps, 'step')}{best}, loss {result.loss:.3f}{held_out}"

@@ -16,6 +16,7 @@ import numpy as np
 from gptedge.evaluate.explain import Explanation, Floats, Guess, Token, gaze
 from gptedge.evaluate.explain_terminal import chance, quoted
 from gptedge.page import html_page, section
+from gptedge.text import counted
 
 _FULL = 12.0  # bits from which the colour does not grow
 _STRONGEST = 70  # percent of the colour, at which letters stay readable
@@ -42,7 +43,7 @@ def page(e: Explanation) -> str:
 
 
 def _lede(e: Explanation) -> str:
-    sentences = [f"{escape(e.kind)}, {len(e.tokens):,} tokens."]
+    sentences = [f"{escape(e.kind)}, {counted(len(e.tokens), 'token')}."]
     scored = [t for t in e.tokens if t.surprise_bits is not None]
     if scored:
         most = max(scored, key=lambda t: t.surprise_bits or 0.0)

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gptedge.evaluate.explain import Explanation, Floats, Guess, Token, gaze
+from gptedge.text import counted
 
 _BITS = (1.0, 3.0, 6.0, 9.0, 12.0)
 """Surprise from which a token is marked more strongly; below the first it is not."""
@@ -63,7 +64,7 @@ def _parts(console: Console, e: Explanation, layer: int | None, head: int | None
 
 def _headline(e: Explanation) -> str:
     known = [f"{e.bits_per_token:.2f} bits a token", f"perplexity {e.perplexity:,.1f}"] if e.perplexity else []
-    return " · ".join([e.source, e.kind, f"{len(e.tokens):,} tokens", *known])
+    return " · ".join([e.source, e.kind, counted(len(e.tokens), "token"), *known])
 
 
 def _how_to_read(hint: str) -> Text:

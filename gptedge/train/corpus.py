@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple, cast
 
 from gptedge.errors import DataError, UsageError
+from gptedge.text import counted
 
 _SUFFIXES = ".txt .text .md .markdown .rst .tex .html .py .js .ts .java .c .h .cpp .go .rs .rb .sh"
 JSON_LINES = frozenset({".jsonl", ".ndjson", ".jsonlines"})
@@ -62,11 +63,11 @@ class Tally:
         """What a person should know of it."""
         said = []
         if self.replaced:
-            said.append(f"replaced {self.replaced:,} invalid UTF-8 sequences with U+FFFD")
+            said.append(f"replaced {counted(self.replaced, 'invalid UTF-8 sequence')} with U+FFFD")
         if self.empty:
-            said.append(f"left out {self.empty:,} empty documents")
+            said.append(f"left out {counted(self.empty, 'empty document')}")
         if self.bad:
-            said.append(f"skipped {self.bad:,} broken lines; the first: {self.first_bad}")
+            said.append(f"skipped {counted(self.bad, 'broken line')}; the first: {self.first_bad}")
         return said
 
     def why_nothing(self) -> str:

@@ -25,6 +25,7 @@ from gptedge.errors import CheckpointError, DataError, UsageError
 from gptedge.family_files import is_stored, write_like
 from gptedge.lora_files import Adapter, write_adapter
 from gptedge.safetensors import FloatArray
+from gptedge.text import counted
 from gptedge.tokenizer import Tokenizer
 from gptedge.train.chat_data import Records, read_records
 from gptedge.train.chat_examples import Encoder, Example, default_template
@@ -121,7 +122,7 @@ def finetune(
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     on_message(
         f"model: {lesson.parameters:,} parameters, {count:,} trained; {precision_line(trainer)}; "
-        f"{torch.get_num_threads()} threads"
+        f"{counted(torch.get_num_threads(), 'thread')}"
     )
     if on_model is not None:
         on_model(model, _tokenizer(source))
@@ -191,7 +192,9 @@ def _prepare(source: Checkpoint, records: Records, config: FinetuneConfig, on_me
     cut = f"; {made.truncated} lost their beginning to fit {context} tokens" if made.truncated else ""
     cut += f"; {made.dropped:,} left out, with nothing to learn in what is left" if made.dropped else ""
     learned = sum(e.n_learned for e in kept)
-    on_message(f"data: {len(kept):,} examples, {learned:,} tokens to learn, {len(held_out):,} held out{cut}")
+    on_message(
+        f"data: {counted(len(kept), 'example')}, {counted(learned, 'token')} to learn, {len(held_out):,} held out{cut}"
+    )
     assert config.batch_size is not None
     batches = PackedExamples(kept, held_out, batch_size=config.batch_size, context=context, seed=config.seed)
     check_patience(config, batches)

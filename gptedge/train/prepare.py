@@ -16,6 +16,7 @@ from pathlib import Path
 
 from gptedge.errors import CheckpointError, DataError, GptEdgeError
 from gptedge.files import cache_folder, new_file, new_folder, writing
+from gptedge.text import counted
 from gptedge.tokenizer import Tokenizer, train_bpe
 from gptedge.train.corpus import Corpus, Files, Scan, scan
 from gptedge.train.data import TokenData, write_tokens
@@ -34,7 +35,7 @@ OnMessage = Callable[[str], None]
 def scan_text(corpus: Corpus, on_message: OnMessage) -> Scan:
     """One pass over the text, and what was found in it."""
     found = scan(corpus)
-    on_message(f"text: {len(found.lengths):,} documents, {found.characters:,} characters")
+    on_message(f"text: {counted(len(found.lengths), 'document')}, {found.characters:,} characters")
     if isinstance(corpus, Files):
         for line in corpus.tally.lines():
             on_message(f"text: {line}")

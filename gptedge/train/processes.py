@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 
 from gptedge.errors import GptEdgeError, UsageError
+from gptedge.text import counted
 from gptedge.train.batches import Batch
 
 T = TypeVar("T")
@@ -55,7 +56,7 @@ class Processes:
         return self.rank == 0
 
     def describe(self) -> str:
-        threads = f"{torch.get_num_threads()} threads"
+        threads = counted(torch.get_num_threads(), "thread")
         where = threads if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
         how = "FSDP2" if self.shard else "DDP"
         return where if self.world == 1 else f"{self.world} processes ({how}), {where} each"
