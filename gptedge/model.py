@@ -42,8 +42,18 @@ class Model:
         self.tokenizer = tokenizer
         self.prefixes = Prefixes()
         """What chats began with, to be shared by those that begin alike."""
-        self.adapter: Adapter | None = None
+        self._adapter: Adapter | None = None
+
+    @property
+    def adapter(self) -> Adapter | None:
         """What `load_adapter` gave, or None: used by generations that begin from now on, and by chats' next replies."""
+        return self._adapter
+
+    @adapter.setter
+    def adapter(self, adapter: Adapter | None) -> None:
+        if not isinstance(adapter, Adapter | None):
+            raise UsageError(f"adapter is {repr(adapter)[:60]}; give what load_adapter returned, or None")
+        self._adapter = adapter
 
     def load_adapter(self, path: str | Path) -> Adapter:
         """A LoRA adapter (.onnx_adapter, made by gptedge adapter) for this bundle; assign it to `adapter` to use it.

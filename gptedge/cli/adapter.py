@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from gptedge.cli.common import BundleArgument, Force, Json, emit, needs
+from gptedge.cli.common import BundleArgument, Force, Json, check_new_file, emit, needs
 from gptedge.text import counted
 
 
@@ -22,6 +22,7 @@ def command(
     as_json: Json = False,
 ) -> None:
     """Make a LoRA adapter for a bundle that was exported with --lora-inputs."""
+    check_new_file(out, force=force)
     with needs("export"):
         from gptedge.export.adapter import make_adapter
     result = make_adapter(source, bundle, out, force=force)

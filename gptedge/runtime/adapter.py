@@ -7,7 +7,7 @@ given as the inputs that they are.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,11 @@ class Adapter:
     """What `Model.load_adapter` gives. It may be used by any number of chats."""
 
     path: Path
-    names: tuple[str, ...]
+    names: tuple[str, ...] = field(repr=False)
     """Inputs of the graph."""
-    values: tuple[Any, ...]
+    values: tuple[Any, ...] = field(repr=False)
     """OrtValues, on the device where the graph runs."""
-    file: Any
+    file: Any = field(repr=False)
     """What onnxruntime read; it owns the memory of values on the CPU."""
 
 

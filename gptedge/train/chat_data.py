@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from gptedge.errors import DataError
-from gptedge.train.corpus import JSON_LINES, files_of, is_gzip, suffix_of
+from gptedge.text import counted
+from gptedge.train.corpus import JSON_LINES, files_of, is_gzip, suffix_of, without_mark
 
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
 
@@ -71,7 +72,7 @@ class Records:
         if len(self.bad) > _SHOWN:
             notes.append(f"left out {len(self.bad) - _SHOWN} more")
         if self.replaced:
-            notes.append(f"{self.replaced} invalid UTF-8 sequences were read as U+FFFD")
+            notes.append(f"read {counted(self.replaced, 'invalid UTF-8 sequence')} as U+FFFD")
         return notes
 
 
@@ -95,9 +96,7 @@ def read_records(paths: Sequence[Path], *, skip_bad: bool = False, without: Path
                     raise DataError(f"{path}{where}: {e}; mend it, or leave such records out with --skip-bad") from None
                 found.bad.append(f"{path.name}{where}: {e}")
     if not found.items:
-        why = (
-            f"all {len(found.bad)} records are bad, the first: {found.bad[0]}" if found.bad else "there are no records"
-        )
+        why = f"no record is good, the first: {found.bad[0]}" if found.bad else "there are no records"
         raise DataError(f"nothing to learn from in {', '.join(map(str, paths))}: {why}")
     return found
 
@@ -121,7 +120,12 @@ def _rows(path: Path, found: Records) -> Iterator[tuple[str, Callable[[], Record
     if kind in _ARRAYS:
         for number, row in enumerate(_array(path, text), 1):
             yield f", entry {number}", partial(_record, row)
-    elif text.strip():
+        return
+    if "\0" in text:
+        raise DataError(f"{path} holds NUL bytes, which no text does; give text, or JSON lines")
+    if kind not in _TEXTS and text.lstrip()[:1] in ("{", "["):
+        raise DataError(f"{path} looks like JSON; call it {path.name}.jsonl, or .txt to learn it as it stands")
+    if text.strip():
         yield "", lambda: text
 
 
@@ -130,7 +134,7 @@ def _lines(path: Path, found: Records) -> Iterator[str]:
     try:
         with gzip.open(path) if is_gzip(path) else path.open("rb") as f:
             for number, line in enumerate(f):
-                yield _decode(line.removeprefix(b"\xef\xbb\xbf") if number == 0 else line, found)
+                yield _decode(without_mark(path, line) if number == 0 else line, found)
     except (OSError, EOFError, zlib.error) as e:
         raise DataError(f"{path} cannot be read: {e}") from None
 

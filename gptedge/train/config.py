@@ -16,6 +16,7 @@ from gptedge.train.settings import Bounds, LoopConfig, check_choice
 class TrainConfig(LoopConfig):
     """None is what the preset says."""
 
+    VERB: ClassVar[str] = "train"
     bounds: ClassVar[Bounds] = LoopConfig.bounds | {
         "vocab_size": (int, 257, 1 << 20),
         "context_length": (int, 2, 1 << 20),

@@ -106,7 +106,7 @@ class Files:
     def _text(self, file: Path, f: BinaryIO) -> Iterator[Piece]:
         left, cut_off, several = "", b"", False
         for i, block in enumerate(iter(lambda: f.read(PIECE), b"")):
-            block = _without_mark(file, block) if i == 0 else block
+            block = without_mark(file, block) if i == 0 else block
             whole, cut_off = _whole_characters(cut_off + block)
             *pieces, left = _pieces(left + self._decode(whole))
             yield from (Piece(piece, False) for piece in pieces)
@@ -117,7 +117,7 @@ class Files:
 
     def _json_lines(self, file: Path, f: BinaryIO) -> Iterator[Piece]:
         for number, line in enumerate(f, start=1):
-            line = _without_mark(file, line) if number == 1 else line
+            line = without_mark(file, line) if number == 1 else line
             text = self._json_text(f"{file} line {number}", self._decode(line.strip())) if line.strip() else None
             if text is not None and self._has_text(text):
                 *pieces, last = _pieces(text)
@@ -253,7 +253,7 @@ def _open(file: Path) -> BinaryIO:
     return cast(BinaryIO, gzip.open(file)) if is_gzip(file) else file.open("rb")
 
 
-def _without_mark(file: Path, beginning: bytes) -> bytes:
+def without_mark(file: Path, beginning: bytes) -> bytes:
     """Without the byte order mark that some editors put before UTF-8."""
     if beginning.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise DataError(f"{file} is UTF-16; convert it to UTF-8")

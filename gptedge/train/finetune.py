@@ -35,6 +35,7 @@ from gptedge.train.model import GPT
 from gptedge.train.output import (
     METRICS,
     STATE,
+    alone_in,
     begin_run,
     check_output,
     precision_line,
@@ -99,6 +100,21 @@ def finetune(
     if out.resolve() == source.path.resolve():
         raise UsageError(f"{out} is the source, and would be overwritten; choose another output")
     resumed = check_output(out, resume=resume, force=force, on_message=on_message)
+    with alone_in(out):
+        return _finetune(source, paths, out, config, resumed, skip_bad, on_step, on_message, on_model)
+
+
+def _finetune(
+    source: Checkpoint,
+    paths: Sequence[Path],
+    out: Path,
+    config: FinetuneConfig,
+    resumed: bool,
+    skip_bad: bool,
+    on_step: OnStep,
+    on_message: OnMessage,
+    on_model: OnModel | None,
+) -> FinetuneResult:
     set_up_torch(config)
     records = read_records(paths, skip_bad=skip_bad, without=out)
     lesson = _prepare(source, records, config, on_message)

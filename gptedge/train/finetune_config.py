@@ -15,6 +15,7 @@ _LEARNING_RATE_LORA, _LEARNING_RATE_FULL = 1e-3, 1e-4
 class FinetuneConfig(LoopConfig):
     """Learning rates of None are 1e-3 for LoRA's updates, and 1e-4 where every weight is trained."""
 
+    VERB: ClassVar[str] = "finetune"
     bounds: ClassVar[Bounds] = LoopConfig.bounds | {
         "epochs": (float, 0.001, 1e6),
         "context_length": (int, 8, 1 << 20),

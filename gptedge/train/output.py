@@ -10,12 +10,15 @@ checkpoint in OUT stays until the new one takes its place, and files that are no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import fields
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TypeVar
 
-from gptedge.checkpoint import CONFIG, SIDE_FILES, WEIGHTS, WEIGHTS_INDEX, read_json_object
+from gptedge.checkpoint import CONFIG, SIDE_FILES, TOKENIZER, WEIGHTS, WEIGHTS_INDEX, read_json_object
 from gptedge.errors import CheckpointError, OutputExistsError, TrainingError, UsageError
 from gptedge.files import check_writable, new_file, new_folder, write_json, writing
 from gptedge.lora_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -24,6 +27,8 @@ from gptedge.train.state import discard_after, latest_state, load_state
 from gptedge.train.trainer import OnMessage, Trainer, cut_metrics
 
 STATE, METRICS, RUN = "state", "metrics.jsonl", "run.json"
+_OWN = (RUN, TOKENIZER, "step-*.pt", "best-*.pt", ".*.partial", ".*.old")
+"""What lies in OUT/state, as patterns."""
 TENSORBOARD, EVENTS = "tensorboard", "events.out.tfevents.*"
 
 Config = TypeVar("Config", bound=LoopConfig)
@@ -41,11 +46,47 @@ def check_output(out: Path, *, resume: bool, force: bool, on_message: OnMessage)
         hint = "go on with it by --resume, " if there else ""
         raise OutputExistsError(f"{out} exists already; {hint}choose another output or add --force")
     check_writable(out, TrainingError)
+    if not (resume and there) and (strange := _strange(out / STATE)):
+        raise OutputExistsError(f"{strange} is no run's, and a run would replace it; choose another output")
     if resume and not there:
         if not (force or _is_fresh(out)):
             raise CheckpointError(f"cannot resume: {out} holds no run; choose another output or add --force")
         on_message(f"{out} holds no run yet: beginning")
     return resume and there
+
+
+def _strange(state: Path) -> Path | None:
+    """What no run wrote of what a new one would replace."""
+    if not state.is_dir():
+        return state if state.exists() else None
+    return next((p for p in state.iterdir() if not any(fnmatch(p.name, own) for own in _OWN)), None)
+
+
+@contextmanager
+def alone_in(out: Path) -> Iterator[None]:
+    """Within, no other process trains in `out`, which is made. Raises UsageError where one does.
+
+    The lock ends with the process, however it ends. Where the system knows no such locks, there is none.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with writing(out, TrainingError, "choose another output"):
+        out.mkdir(parents=True, exist_ok=True)
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network file systems
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UsageError(f"another process trains in {out}; let it end, or choose another output") from None
+        yield
+    finally:
+        os.close(folder)
+        with suppress(OSError):
+            out.rmdir()  # if nothing came of it
 
 
 def has_run(out: Path) -> bool:
@@ -81,6 +122,8 @@ def saved_config(out: Path, kind: type[Config]) -> Config:
     settings = read_json_object(path).get("config")
     if not isinstance(settings, dict):
         raise CheckpointError(f"{path} has no config; start the run again with --force instead of --resume")
+    if not settings.keys() <= {f.name for f in fields(kind)}:
+        raise UsageError(f"{out} is not a run of gptedge {kind.VERB}; resume it with the command that began it")
     return kind.from_dict(settings, where=str(path))
 
 

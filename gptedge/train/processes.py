@@ -93,8 +93,10 @@ class Processes:
     def parts(self, batch: Batch, count: int) -> list[tuple[Batch, float]]:
         """This process's rows in `count` parts, and each part's share of all the batch's scored targets.
 
-        A part without rows is one row that counts for nothing, so that every process does the same number of passes.
+        No more parts than rows fill. One without rows, as some of several processes may have, is one row that counts
+        for nothing, so that every process does the same number of passes.
         """
+        count = min(count, -(-len(batch.ids) // self.world))
         total, scored = self.world * count, max(1, batch.scored)
         bounds = [len(batch.ids) * i // total for i in range(total + 1)]
         mine = range(self.rank * count, (self.rank + 1) * count)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from gptedge.train.model import GPT
 from gptedge.train.output import (
     METRICS,
     STATE,
+    alone_in,
     begin_run,
     check_output,
     precision_line,
@@ -103,9 +105,11 @@ def run_training(
         if not these.leads:
             on_step, on_message = (lambda report: None), (lambda message: None)
         set_up_torch(config)
-        return _train(
-            paths, Path(out), config, these, resume, force, skip_bad, on_step, on_message, None if shard else on_model
-        )
+        with ExitStack() as held:
+            return _train(
+                paths, Path(out), config, these, held, resume, force, skip_bad, on_step, on_message,
+                None if shard else on_model,
+            )  # fmt: skip
 
 
 def _train(
@@ -113,6 +117,7 @@ def _train(
     out: Path,
     config: TrainConfig,
     these: Processes,
+    held: ExitStack,
     resume: bool,
     force: bool,
     skip_bad: bool,
@@ -122,6 +127,7 @@ def _train(
 ) -> TrainResult:
     def settle() -> _Run:
         resumed = check_output(out, resume=resume, force=force, on_message=on_message)
+        held.enter_context(alone_in(out))
         corpus: Corpus = _stdlib if paths is None else Files(paths, skip_bad=skip_bad, without=out)
         scanned = scan_text(corpus, on_message)
         tokens, model = (_reopen if resumed else _begin)(out, config, corpus, scanned, on_message)

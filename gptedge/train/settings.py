@@ -36,6 +36,8 @@ RESUMABLE_CHANGES = frozenset({"max_steps", "max_seconds", "patience", "eval_eve
 class LoopConfig:
     """Flat and frozen; what None stands for, a subclass says."""
 
+    VERB: ClassVar[str]
+    """The command that takes it."""
     bounds: ClassVar[Bounds] = {
         "max_steps": (int, 1, 10**9),
         "max_seconds": (float, 0.01, 10**9),
@@ -161,8 +163,9 @@ class LoopConfig:
         known = [f.name for f in fields(cls)]
         for key in settings:
             if key not in known:
-                near = difflib.get_close_matches(key, known, n=1, cutoff=0)[0]
-                raise UsageError(f"{where}: {key!r} is not a setting; did you mean {near!r}?")
+                near = difflib.get_close_matches(key, known, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else "--list-settings shows those that there are"
+                raise UsageError(f"{where}: {key!r} is not a setting; {hint}")
         return cls(**settings)
 
 

@@ -303,7 +303,14 @@ def _stops(on_step: OnStep, report: StepReport) -> bool:
 
 
 def cut_metrics(path: Path, step: int) -> None:
-    """Keep the lines up to `step`; a run that was killed may have left more, and half a line."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:step] if path.exists() else []
+    """Keep the lines of steps up to `step`; a run that was killed may have left more, and half a line."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     with new_file(path) as work:
-        work.write_text("".join(lines), encoding="utf-8")
+        work.write_text("".join(line for line in lines if _step_of(line) <= step), encoding="utf-8")
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf

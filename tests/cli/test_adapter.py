@@ -80,3 +80,10 @@ def test_an_async_model_takes_it(adapted: Path) -> None:
     plain, with_it = asyncio.run(_swapped(adapted))
     with gptedge.load(adapted / "a-bundle") as merged:
         assert with_it == merged.generate("The quick", max_tokens=12) != plain
+
+
+def test_a_destination_that_is_a_folder_is_refused_at_once(
+    adapted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["adapter", str(adapted / "a"), str(adapted / "bundle"), str(tmp_path), "--force"]) == 2
+    assert "is a folder, and the output is a file" in capsys.readouterr().err

@@ -76,6 +76,15 @@ def test_adapters_are_swapped_while_running(adapted: Path) -> None:
     assert len({plain, *texts.values()}) == 3
 
 
+def test_only_a_loaded_adapter_can_be_assigned(adapted: Path) -> None:
+    file = adapted / "a.onnx_adapter"
+    with gptedge.load(adapted / "bundle") as model:
+        with pytest.raises(gptedge.UsageError, match=r"adapter is .*give what load_adapter returned, or None"):
+            model.adapter = file  # type: ignore[assignment]
+        assert model.adapter is None
+        assert repr(model.load_adapter(file)) == f"Adapter(path={file!r})"
+
+
 def test_a_chat_forgets_what_another_adapter_made(adapted: Path) -> None:
     with gptedge.load(adapted / "bundle") as model, gptedge.load(adapted / "a-bundle") as merged:
         chat, fresh = model.chat(max_tokens=12), merged.chat(max_tokens=12)

@@ -100,7 +100,7 @@ def test_many_bad_lines_are_counted(tmp_path: Path) -> None:
     assert notes[-1] == "left out 6 more"
 
 
-@pytest.mark.parametrize(("content", "why"), [("", "there are no records"), ("{\n{", "all 2 records are bad")])
+@pytest.mark.parametrize(("content", "why"), [("", "there are no records"), ("{\n{", "no record is good, the first: ")])
 def test_nothing_to_learn_from(content: str, why: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=f"nothing to learn from in .*chat.jsonl: {why}"):
         read_records([written(tmp_path / "chat.jsonl", content)], skip_bad=True)
@@ -126,7 +126,22 @@ def test_invalid_utf8_is_replaced_and_counted(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "caf\xe9 \xef\xbf\xbd \xff\xfe"}\n')
     records = read_records([tmp_path / "a.jsonl"])
     assert records.items == ["caf\ufffd \ufffd \ufffd\ufffd"]
-    assert records.notes() == ["3 invalid UTF-8 sequences were read as U+FFFD"]
+    assert records.notes() == ["read 3 invalid UTF-8 sequences as U+FFFD"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "why"),
+    [
+        ("a.txt", "words".encode("utf-16"), "a.txt is UTF-16; convert it to UTF-8"),
+        ("a.jsonl", json.dumps(GOOD).encode("utf-16"), "a.jsonl is UTF-16; convert it to UTF-8"),
+        ("model", b"\x93\0\0\0weights", "model holds NUL bytes, which no text does"),
+        ("chat", json.dumps(GOOD).encode(), r"chat looks like JSON; call it chat.jsonl"),
+    ],
+)
+def test_what_is_no_text_is_not_learned_as_such(name: str, content: bytes, why: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=why):
+        read_records([tmp_path / name])
 
 
 @pytest.mark.parametrize("content", [gzip.compress(b'{"text": "a"}' * 99)[:-9], b"no gzip"])

@@ -98,6 +98,9 @@ def test_rows_are_parted_with_their_share_of_what_is_scored() -> None:
     assert [share for _part, share in found] == pytest.approx([0.0, 4 / 9, 4 / 9, 1 / 9])
     assert [part.ids[0, 0].item() for part, _share in found] == [0, 0, 4, 8]
     assert Processes().parts(batch, 1)[0][1] == 1.0
+    rows = len(batch.ids)
+    assert len(Processes().parts(batch, 64)) == rows, "none is empty"
+    assert {len(Processes(rank, 2).parts(batch, 64)) for rank in range(2)} == {-(-rows // 2)}
 
 
 def test_what_the_first_cannot_do_ends_all_and_is_said_once(tmp_path: Path) -> None:

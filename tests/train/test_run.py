@@ -20,11 +20,12 @@ from gptedge.errors import CheckpointError, DataError, OutputExistsError, Traini
 from gptedge.tokenizer import Tokenizer
 from gptedge.train.blockwise import BLOCK
 from gptedge.train.config import TrainConfig
+from gptedge.train.finetune_config import FinetuneConfig
 from gptedge.train.model import GPT
-from gptedge.train.output import check_output, saved_config
+from gptedge.train.output import alone_in, check_output, saved_config
 from gptedge.train.precision import gains_by_bfloat16
 from gptedge.train.run import run_training
-from gptedge.train.trainer import StepReport
+from gptedge.train.trainer import StepReport, cut_metrics
 
 TIMES = ("tokens_per_second", "elapsed_s", "eta_s")
 
@@ -276,6 +277,41 @@ def test_an_existing_output_is_refused(texts: Path, tiny: TrainConfig, tmp_path:
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="is a file"):
         run_training([texts], tmp_path / "file", config=tiny, force=True)
+
+
+def test_one_process_at_a_time_trains_in_a_folder(texts: Path, tiny: TrainConfig, tmp_path: Path) -> None:
+    out, short = tmp_path / "m", replace(tiny, max_steps=2)
+    with alone_in(out), pytest.raises(UsageError, match=r"another process trains in .*m; let it end"):
+        run_training([texts], out, config=short, resume=True)
+    assert not out.exists(), "nothing came of either"
+    run_training([texts], out, config=short)
+    with alone_in(out), pytest.raises(UsageError, match="another process trains"):
+        run_training([texts], out, config=replace(short, max_steps=3), resume=True)
+    assert len(outcome(out)[1]) == 2
+
+
+def test_metrics_are_kept_by_their_steps(tmp_path: Path) -> None:
+    """However many lines there are of one."""
+    (tmp_path / "m").write_text('{"step": 1}\n{"step": 3}\n{"step": 2}\n{"step": 4}\n[]\n{"st')
+    cut_metrics(tmp_path / "m", 3)
+    assert (tmp_path / "m").read_text() == '{"step": 1}\n{"step": 3}\n{"step": 2}\n'
+
+
+@pytest.mark.parametrize("way", [{"force": True}, {"resume": True}])
+def test_a_folder_called_state_that_is_no_runs_stays(
+    way: dict[str, Any], texts: Path, tiny: TrainConfig, tmp_path: Path
+) -> None:
+    (tmp_path / "m" / "state").mkdir(parents=True)
+    (tmp_path / "m" / "state" / "thesis.txt").write_text("precious")
+    with pytest.raises(OutputExistsError, match=r"thesis\.txt is no run's, and a run would replace it"):
+        run_training([texts], tmp_path / "m", config=replace(tiny, max_steps=2), **way)
+    assert (tmp_path / "m" / "state" / "thesis.txt").read_text() == "precious"
+
+
+def test_a_run_of_the_other_command_is_called_so(texts: Path, tiny: TrainConfig, tmp_path: Path) -> None:
+    run_training([texts], tmp_path / "m", config=replace(tiny, max_steps=2))
+    with pytest.raises(UsageError, match="m is not a run of gptedge finetune; resume it with the command that began"):
+        saved_config(tmp_path / "m", FinetuneConfig)
 
 
 def test_force_keeps_the_old_checkpoint_until_the_new_one_is_there(
