@@ -9,19 +9,28 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+from gptedge.bundle import GRAPH
 from gptedge.checkpoint import (
     CONFIG,
     TOKENIZER,
     TOKENIZER_CONFIG,
+    WEIGHTS,
+    WEIGHTS_INDEX,
     Checkpoint,
     open_checkpoint,
     read_json_object,
 )
 from gptedge.errors import CheckpointError
+from gptedge.lora_files import ADAPTER_CONFIG
 
 __all__ = ["open_source", "with_tokenizer"]
 
 _EXPECTED = "a Hugging Face folder with config.json, a .gguf file or a nanoGPT .pt file is expected"
+_OTHERS = {
+    ADAPTER_CONFIG: "is a LoRA adapter, not a model; give the model it was trained on, or see gptedge adapter --help",
+    GRAPH: "is a bundle, not a checkpoint; give what it was exported from",
+}
+"""Folders that are taken for a source, by a file of theirs."""
 _MAGIC = b"GGUF"
 _SENTENCEPIECE = "tokenizer.model"
 
@@ -54,6 +63,10 @@ def with_tokenizer(checkpoint: Checkpoint, tokenizer: Path | None) -> Checkpoint
 
 
 def _open_folder(path: Path) -> Checkpoint:
+    if not any((path / name).is_file() for name in (WEIGHTS, WEIGHTS_INDEX)):
+        for name, said in _OTHERS.items():
+            if (path / name).is_file():
+                raise CheckpointError(f"{path} {said}")
     if (path / CONFIG).is_file():
         return _with_sentencepiece(open_checkpoint(path))
     files = sorted(path.glob("*.gguf"))

@@ -268,3 +268,14 @@ def test_unknown_family_is_refused_by_name(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps({"architectures": ["BloomForCausalLM"]}))
     with pytest.raises(UnsupportedModelError, match="BloomForCausalLM"):
         open_source(folder).weights()
+
+
+@pytest.mark.parametrize(
+    ("file", "why"),
+    [("adapter_config.json", "is a LoRA adapter, not a model"), ("model.onnx", "is a bundle, not a che")],
+)
+def test_what_is_made_of_a_source_is_none(file: str, why: str, tmp_path: Path) -> None:
+    for name in ("config.json", file):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(CheckpointError, match=f"{tmp_path.name} {why}"):
+        open_source(tmp_path)
