@@ -73,6 +73,7 @@ def alone_in(out: Path) -> Iterator[None]:
     except ImportError:  # Windows
         yield
         return
+    made = not out.exists()
     with writing(out, TrainingError, "choose another output"):
         out.mkdir(parents=True, exist_ok=True)
     folder = os.open(out, os.O_RDONLY)
@@ -81,12 +82,14 @@ def alone_in(out: Path) -> Iterator[None]:
             try:
                 fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
+                made = False
                 raise UsageError(f"another process trains in {out}; let it end, or choose another output") from None
         yield
     finally:
+        if made:  # and nothing came of it; still locked, so that it is no other's yet
+            with suppress(OSError):
+                out.rmdir()
         os.close(folder)
-        with suppress(OSError):
-            out.rmdir()  # if nothing came of it
 
 
 def has_run(out: Path) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -77,10 +78,10 @@ def test_adapters_are_swapped_while_running(adapted: Path) -> None:
 
 
 def test_only_a_loaded_adapter_can_be_assigned(adapted: Path) -> None:
-    file = adapted / "a.onnx_adapter"
+    file: Any = adapted / "a.onnx_adapter"
     with gptedge.load(adapted / "bundle") as model:
         with pytest.raises(gptedge.UsageError, match=r"adapter is .*give what load_adapter returned, or None"):
-            model.adapter = file  # type: ignore[assignment]
+            model.adapter = file
         assert model.adapter is None
         assert repr(model.load_adapter(file)) == f"Adapter(path={file!r})"
 

@@ -281,8 +281,10 @@ def test_an_existing_output_is_refused(texts: Path, tiny: TrainConfig, tmp_path:
 
 def test_one_process_at_a_time_trains_in_a_folder(texts: Path, tiny: TrainConfig, tmp_path: Path) -> None:
     out, short = tmp_path / "m", replace(tiny, max_steps=2)
-    with alone_in(out), pytest.raises(UsageError, match=r"another process trains in .*m; let it end"):
-        run_training([texts], out, config=short, resume=True)
+    with alone_in(out):  # as another process is that has written nothing yet
+        with pytest.raises(UsageError, match=r"another process trains in .*m; let it end"):
+            run_training([texts], out, config=short, resume=True)
+        assert out.is_dir(), "the folder that the other has locked"
     assert not out.exists(), "nothing came of either"
     run_training([texts], out, config=short)
     with alone_in(out), pytest.raises(UsageError, match="another process trains"):
