@@ -7,8 +7,9 @@ import math
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
@@ -170,8 +171,15 @@ def _check_groups(recipe: Recipe, names: list[str]) -> None:
             raise UsageError(f"no weight has a name like {group.match}; the bundle has {', '.join(kinds)}")
 
 
-def _needs_torch(missing: ModuleNotFoundError) -> MissingExtraError:
-    return MissingExtraError(f"{missing.name} is not installed, which this needs; install gptedge[train]")
+@contextmanager
+def _loading_torch() -> Iterator[None]:
+    """Around importing what needs torch, whose threads are to wait as training's do. Raises MissingExtraError."""
+    import gptedge.train  # noqa: F401  (before torch, which looks once)
+
+    try:
+        yield
+    except ModuleNotFoundError as e:
+        raise MissingExtraError(f"{e.name} is not installed, which this needs; install gptedge[train]") from None
 
 
 @dataclass(frozen=True)
@@ -217,10 +225,8 @@ class _Job:
 
         Raises MissingExtraError without torch.
         """
-        try:
+        with _loading_torch():
             from gptedge.quantize import distill
-        except ModuleNotFoundError as e:
-            raise _needs_torch(e) from None
         assert self.bundle.manifest is not None
         weights = [entry["sha256"] for entry in self.bundle.manifest["files"].values()]
         text = sha256(calibration) if calibration else None
@@ -306,10 +312,8 @@ class _Job:
         self, model: onnx.ModelProto, read: Read, windows: Windows, targets: list[Target]
     ) -> dict[str, npt.NDArray[np.float32]]:
         """Raises MissingExtraError without torch."""
-        try:
+        with _loading_torch():
             from gptedge.quantize.token_weights import token_weights
-        except ModuleNotFoundError as e:
-            raise _needs_torch(e) from None
         products = {name for t in targets if t.is_calibrated for name in t.products}
         return token_weights(model, read, windows, products, seed=self.seed, threads=self.threads, report=self.report)
 
