@@ -73,6 +73,8 @@ class Setting:
     """Tokens of a second question."""
     request: str = ""
     """What is asked in chat form, in the place of so many tokens of a prompt."""
+    copied: str = ""
+    """A text that the prompt holds twice and begins a third time, so that going on is copying."""
 
 
 SETTINGS = {
@@ -80,6 +82,7 @@ SETTINGS = {
     "prompt of 512": Setting(512, 128),
     "prompt of 2048": Setting(2048, 128),
     **{f"rewriting a {name}": Setting(0, 128, request=REWRITING + text) for name, text in TEXTS.items()},
+    **{f"copying a {name}": Setting(0, 96, copied=text) for name, text in TEXTS.items()},
     "second turn": Setting(512, 32, second=32),
 }
 
@@ -177,7 +180,7 @@ def one_run(tool: Tool, work: dict[str, Any]) -> Run:
 
 
 def prompt_of(folder: Path, setting: Setting) -> list[int]:
-    """Token ids of ordinary English, the beginning of Python's own documentation; or of a request in chat form."""
+    """Token ids of ordinary English, the beginning of Python's own documentation; or of what the setting has."""
     from pydoc_data.topics import topics
 
     from gptedge.chat_prompt import ChatPrompt
@@ -185,6 +188,9 @@ def prompt_of(folder: Path, setting: Setting) -> list[int]:
     from gptedge.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.from_folder(folder)
+    if setting.copied:
+        text, gap = tokenizer.encode(setting.copied), tokenizer.encode("\n\n")
+        return [*text, *gap, *text, *gap, *text[:8]]
     if not setting.request:
         return tokenizer.encode(" ".join(topics.values())[: 8 * setting.prompt_tokens])[: setting.prompt_tokens]
     chat = ChatPrompt(load_chat_template(folder), tokenizer)
@@ -210,22 +216,30 @@ def measure(names: list[str], setting: Setting, work: Path, rounds: int, threads
     return {name: runs[1:] for name, runs in found.items()}
 
 
-COLUMNS: dict[str, Callable[[Run, int], float | None]] = {
-    "load s": lambda run, n: run.load_s,
-    "first token s": lambda run, n: run.first_s,
-    "prefill tok/s": lambda run, n: n / run.first_s,
-    "decode tok/s": lambda run, n: (len(run.tokens) - 1) / run.rest_s,
-    "second turn s": lambda run, n: run.second_s,
-    "cold start s": lambda run, n: run.cold_s,
-    "peak MB": lambda run, n: run.peak_mb,
+def share_copied(tokens: list[int], prompt: list[int]) -> float:
+    """Of the tokens of a reply, those that end four that the prompt has in this order."""
+    fours = set(zip(*(prompt[i:] for i in range(4)), strict=False))
+    text = [*prompt[-3:], *tokens]
+    return sum(four in fours for four in zip(*(text[i:] for i in range(4)), strict=False)) / len(tokens)
+
+
+COLUMNS: dict[str, Callable[[Run, list[int]], float | None]] = {
+    "load s": lambda run, prompt: run.load_s,
+    "first token s": lambda run, prompt: run.first_s,
+    "prefill tok/s": lambda run, prompt: len(prompt) / run.first_s,
+    "decode tok/s": lambda run, prompt: (len(run.tokens) - 1) / run.rest_s,
+    "copied": lambda run, prompt: share_copied(run.tokens, prompt),
+    "second turn s": lambda run, prompt: run.second_s,
+    "cold start s": lambda run, prompt: run.cold_s,
+    "peak MB": lambda run, prompt: run.peak_mb,
 }
 
 
-def table(found: Mapping[str, list[Run]], prompt_tokens: int) -> str:
+def table(found: Mapping[str, list[Run]], prompt: list[int]) -> str:
     """Markdown: medians, and in brackets the ratio to BASIS."""
 
     def median(name: str, column: str) -> float | None:
-        values = [COLUMNS[column](run, prompt_tokens) for run in found.get(name, [])]
+        values = [COLUMNS[column](run, prompt) for run in found.get(name, [])]
         known = [v for v in values if v is not None]
         return statistics.median(known) if known else None
 
@@ -259,8 +273,9 @@ def main() -> None:
     for name in settings:
         setting = SETTINGS[name]
         found = measure(tools, setting, a.work, a.rounds, a.threads)
-        n = len(prompt_of(checkpoint(a.work), setting))
-        print(f"\n{name}: {n} tokens, {setting.new_tokens} new, medians of {a.rounds}\n\n{table(found, n)}", flush=True)
+        prompt = prompt_of(checkpoint(a.work), setting)
+        head = f"{name}: {len(prompt)} tokens, {setting.new_tokens} new, medians of {a.rounds}"
+        print(f"\n{head}\n\n{table(found, prompt)}", flush=True)
         everything[name] = {tool: [vars(run) for run in runs] for tool, runs in found.items()}
     if a.json:
         a.json.write_text(json.dumps(everything) + "\n")

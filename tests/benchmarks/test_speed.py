@@ -38,10 +38,17 @@ def test_a_runner_that_fails_says_why(tmp_path: Path) -> None:
 
 
 def test_table_has_medians_and_ratios() -> None:
-    lines = speed.table(RUNS, 100).splitlines()
-    assert lines[0].startswith("| | load s | first token s | prefill tok/s | decode tok/s | second turn s |")
-    assert "| 0.5 (1.00×) | 0.2 (1.00×) | 500 (1.00×) | 5 (1.00×) |  | 1 (1.00×) | 300 (1.00×) |" in lines[2]
-    assert "| 0.25 (0.50×) | 0.1 (0.50×) | 1e+03 (2.00×) | 10 (2.00×) | 0.1 | 0.5 (0.50×) |" in lines[3]
+    lines = speed.table(RUNS, list(range(100))).splitlines()
+    assert lines[0].startswith("| | load s | first token s | prefill tok/s | decode tok/s | copied | second turn s |")
+    assert "| 0.5 (1.00×) | 0.2 (1.00×) | 500 (1.00×) | 5 (1.00×) | 0 |  | 1 (1.00×) | 300 (1.00×) |" in lines[2]
+    assert "| 0.25 (0.50×) | 0.1 (0.50×) | 1e+03 (2.00×) | 10 (2.00×) | 0 | 0.1 | 0.5 (0.50×) |" in lines[3]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "share"), [([5, 6, 7, 8], 1.0), ([5, 6, 7, 1], 0.75), ([9, 2, 3, 4], 0.0), ([9, 1, 2, 3, 4], 0.2)]
+)
+def test_share_of_a_reply_that_copies(tokens: list[int], share: float) -> None:
+    assert speed.share_copied(tokens, [1, 2, 3, 4, 5, 6, 7, 8, 1, 2, 3, 4]) == share
 
 
 def test_unknown_names() -> None:
