@@ -40,7 +40,7 @@ class AdapterResult:
     layers: int
     """Of the graph, that it changes."""
     rank: int
-    """The largest, of fused layers that of all their parts."""
+    """The largest of the adapter's; in the graph, a layer fused of several has that of all of them together."""
     base_checked: bool
     """Whether the adapter said what it was trained on; PEFT's own do not."""
 
@@ -66,7 +66,8 @@ def make_adapter(source: Path, bundle: Path, out: Path, *, force: bool = False) 
     updates = _spread(opened, config, adapter.updates)
     layers = _layers(config, updates)
     _write(out, layers, base)
-    return AdapterResult(out, len(layers), max(a.shape[1] for a, _ in layers.values()), adapter.base is not None)
+    rank = max(len(update.a) for update in updates.values())
+    return AdapterResult(out, len(layers), rank, adapter.base is not None)
 
 
 def _spread(bundle: Bundle, c: ModelConfig, updates: Mapping[str, LowRankUpdate]) -> dict[str, LowRankUpdate]:

@@ -30,5 +30,5 @@ def command(
     emit(
         {**asdict(result), "adapter": str(out)},
         as_json=as_json,
-        lines=[f"{out}: {counted(result.layers, 'layer')}, of a rank of at most {result.rank}{checked}"],
+        lines=[f"{out}: {counted(result.layers, 'layer')} of the graph, updates of rank {result.rank}{checked}"],
     )

@@ -38,7 +38,7 @@ _QUESTIONS = ("instruction", "prompt", "question", "query", "user", "input")
 _REPLIES = ("output", "response", "completion", "answer", "reply", "assistant", "target")
 _SYSTEMS = ("system", "system_prompt")
 
-_ARRAYS, _TEXTS = frozenset({".json"}), frozenset({".txt", ".md"})
+_ARRAYS, _TEXTS, _TABLES = frozenset({".json"}), frozenset({".txt", ".md"}), frozenset({".csv", ".tsv"})
 _SHOWN = 3  # of the lines that are left out
 
 
@@ -123,6 +123,8 @@ def _rows(path: Path, found: Records) -> Iterator[tuple[str, Callable[[], Record
         return
     if "\0" in text:
         raise DataError(f"{path} holds NUL bytes, which no text does; give text, or JSON lines")
+    if kind in _TABLES:
+        raise DataError(f"{path} is a table; make JSON lines of it, or call it .txt to learn it as it stands")
     if kind not in _TEXTS and text.lstrip()[:1] in ("{", "["):
         raise DataError(f"{path} looks like JSON; call it {path.name}.jsonl, or .txt to learn it as it stands")
     if text.strip():

@@ -126,7 +126,7 @@ def saved_config(out: Path, kind: type[Config]) -> Config:
     if not isinstance(settings, dict):
         raise CheckpointError(f"{path} has no config; start the run again with --force instead of --resume")
     if not settings.keys() <= {f.name for f in fields(kind)}:
-        raise UsageError(f"{out} is not a run of gptedge {kind.VERB}; resume it with the command that began it")
+        raise UsageError(f"{out} is no run of this version's gptedge {kind.VERB}; resume it with what began it")
     return kind.from_dict(settings, where=str(path))
 
 

@@ -110,7 +110,7 @@ class Trainer:
     def used_up(self) -> str:
         """The setting that ends the run now; "" where it goes on."""
         if self.config.patience and self.waited >= self.config.patience:
-            return "patience"
+            return "patience (in a file that --config names)"
         if self.budget.progress(self.step, self.elapsed_s) < 1:
             return ""
         limit = self.budget.max_steps

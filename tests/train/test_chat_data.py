@@ -135,6 +135,7 @@ def test_invalid_utf8_is_replaced_and_counted(tmp_path: Path) -> None:
         ("a.txt", "words".encode("utf-16"), "a.txt is UTF-16; convert it to UTF-8"),
         ("a.jsonl", json.dumps(GOOD).encode("utf-16"), "a.jsonl is UTF-16; convert it to UTF-8"),
         ("model", b"\x93\0\0\0weights", "model holds NUL bytes, which no text does"),
+        ("chat.csv", b"question,answer\nWhy?,Because.\n", "chat.csv is a table; make JSON lines of it"),
         ("chat", json.dumps(GOOD).encode(), r"chat looks like JSON; call it chat.jsonl"),
     ],
 )

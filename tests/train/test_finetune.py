@@ -331,7 +331,7 @@ def test_the_commands_from_data_to_a_running_adapter(
     assert made["checkpoint"] == str(tmp_path / "m")
     told(capsys, "export", tiny_checkpoint, tmp_path / "bundle", "--lora-inputs", "--no-verify")
     adapter = told(capsys, "adapter", tmp_path / "m", tmp_path / "bundle", tmp_path / "m.onnx_adapter")
-    assert (adapter["layers"], adapter["rank"], adapter["base_checked"]) == (6, 16, True)
+    assert (adapter["layers"], adapter["rank"], adapter["base_checked"]) == (6, 8, True)
     question, answer = next(iter(FACTS.items()))
     ask = ("generate", tmp_path / "bundle", question, "--chat", "--max-tokens", 30)
     assert told(capsys, *ask, "--adapter", tmp_path / "m.onnx_adapter")["text"] == answer

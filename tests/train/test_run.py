@@ -312,7 +312,9 @@ def test_a_folder_called_state_that_is_no_runs_stays(
 
 def test_a_run_of_the_other_command_is_called_so(texts: Path, tiny: TrainConfig, tmp_path: Path) -> None:
     run_training([texts], tmp_path / "m", config=replace(tiny, max_steps=2))
-    with pytest.raises(UsageError, match="m is not a run of gptedge finetune; resume it with the command that began"):
+    with pytest.raises(
+        UsageError, match="m is no run of this version's gptedge finetune; resume it with what began it"
+    ):
         saved_config(tmp_path / "m", FinetuneConfig)
 
 
