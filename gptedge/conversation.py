@@ -161,20 +161,29 @@ class Chat:
 
         def make(cancelled: threading.Event) -> Chunks:
             self._take(before)  # only now: a stream that is never read must not block the chat
-            self._cache.use(adapter)
-            if not len(self._cache):
-                self._cache = model.prefixes.copy_for(window.ids, adapter) or self._cache
+            try:
+                self._cache.use(adapter)
+                if not len(self._cache):
+                    self._cache = model.prefixes.copy_for(window.ids, adapter) or self._cache
+            except BaseException:  # no memory for it
+                self._busy.release()
+                raise
             return chunks(model.session, model.tokenizer, self._cache, window, settings, cancelled)
 
         def end(result: Result | None) -> None:
-            if result is not None and result.token_ids:
-                self.messages = [*messages, {"role": "assistant", "content": result.text}]
-                self.dropped_messages = turns.dropped
-                reply = model.tokenizer.decode(result.token_ids, skip_special_tokens=False)
-                self._spoken = (turns.text + reply, [*turns.ids, *result.token_ids])
-                if not result.timings.cached_tokens and [m["role"] for m in messages] == _FIRST_QUESTION:
-                    model.prefixes.keep(self._cache, self._length_of_system(messages[0]))
-            self._busy.release()
+            try:
+                if result is not None and result.token_ids:
+                    keep(result)
+            finally:
+                self._busy.release()
+
+        def keep(result: Result) -> None:
+            self.messages = [*messages, {"role": "assistant", "content": result.text}]
+            self.dropped_messages = turns.dropped
+            reply = model.tokenizer.decode(result.token_ids, skip_special_tokens=False)
+            self._spoken = (turns.text + reply, [*turns.ids, *result.token_ids])
+            if not result.timings.cached_tokens and [m["role"] for m in messages] == _FIRST_QUESTION:
+                model.prefixes.keep(self._cache, self._length_of_system(messages[0]))
 
         return Stream(make, end, prompt_tokens=len(window.ids))
 

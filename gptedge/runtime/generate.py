@@ -161,10 +161,10 @@ class _StopStrings:
         shown, self._held = self._held[:cut], self._held[cut:]
         return shown, self._met
 
-    def finish(self, text: str) -> str:
-        """What may be shown when no more text comes after `text`."""
+    def finish(self, text: str) -> tuple[str, bool]:
+        """What may be shown when no more text comes after `text`, and whether a stop string was met."""
         shown, met = self.feed(text)
-        return shown if met else shown + self._held
+        return (shown, met) if met else (shown + self._held, False)
 
     def _overlap(self) -> int:
         """Length of the longest end of the text held that begins a stop string."""
@@ -249,13 +249,15 @@ class Writer:
         """The last token ended the text, completed a stop string, or made whole what nothing may follow."""
 
     def write(self, token: int, logprob: TokenLogprob | None) -> Chunk:
-        text, met = self._stops.feed(self._decoder.step(token))
-        self.stopped = met or token in self._eos_ids or (self._constraint is not None and self._constraint.is_whole)
+        ends = token in self._eos_ids  # and is no text, even where the tokenizer does not call it special
+        text, met = self._stops.feed("" if ends else self._decoder.step(token))
+        self.stopped = met or ends or (self._constraint is not None and self._constraint.is_whole)
         return Chunk(text, (token,), None if logprob is None else (logprob,))
 
     def end(self, reason: FinishReason, usage: Usage, timings: Timings) -> Chunk:
         """The last chunk; `reason` is why it ends where it did not stop by itself."""
-        rest = self._stops.finish(self._decoder.flush())
+        rest, met = self._stops.finish(self._decoder.flush())  # which may be all of a stop string's last character
+        self.stopped |= met
         return Chunk(rest, finish_reason="stop" if self.stopped else reason, usage=usage, timings=timings)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -11,13 +13,24 @@ import numpy as np
 import pytest
 
 import gptedge
-from gptedge.runtime.generate import _StopStrings
+from gptedge.config import SamplingParams
+from gptedge.runtime.generate import Timings, Usage, Writer, _StopStrings
+from gptedge.tokenizer import Tokenizer
 from tests.conftest import END
 
 
 @pytest.fixture(scope="module")
 def model(tiny_bundle: Path) -> gptedge.Model:
     return gptedge.load(tiny_bundle, threads=1)
+
+
+@pytest.fixture
+def byte_fallback() -> Tokenizer:
+    """As in Llama 2: a newline is a byte, which stands alone."""
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"<0x{b:02X}>": 3 + b for b in range(256)}, "a": 259}
+    decoder = {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]}
+    bpe = {"type": "BPE", "vocab": vocab, "merges": [], "byte_fallback": True, "fuse_unk": True, "unk_token": "<unk>"}
+    return Tokenizer.from_dict({"version": "1.0", "added_tokens": [], "decoder": decoder, "model": bpe})
 
 
 def naive_greedy(model: gptedge.Model, ids: list[int], n: int) -> list[int]:
@@ -89,10 +102,10 @@ def test_stop_strings_hold_back_only_what_may_be_one() -> None:
     assert s.feed("N") == ("", False)
     assert s.feed("x") == ("ENx", False)
     assert s.feed("n") == ("", False)
-    assert s.finish("") == "n"
+    assert s.finish("") == ("n", False)
     t = _StopStrings(("END", "no"))
     assert t.feed("say no to the END") == ("say ", True)
-    assert t.finish("more") == ""
+    assert t.finish("more") == ("", True)
 
 
 def test_stop_strings_against_a_plain_search() -> None:
@@ -106,10 +119,31 @@ def test_stop_strings_against_a_plain_search() -> None:
             n = int(rng.integers(1, 4))
             part, met = s.feed(text[at : at + n])
             shown, at = shown + part, at + n
-        shown += s.finish("")
+        shown += s.finish("")[0]
         places = [p for p in (text[:at].find(stop) for stop in stops) if p >= 0]
         assert met == bool(places)
         assert shown == text[: min(places, default=len(text))]
+
+
+def test_a_stop_string_ends_a_reply_that_its_length_ends_too(byte_fallback: Tokenizer) -> None:
+    """A byte alone is held back: it might be a part of a longer character."""
+    writer = Writer(byte_fallback, SamplingParams(max_tokens=2, stop=("\n",)), {2})
+    shown = [writer.write(byte_fallback.token_to_id(name), None).text for name in ("a", "<0x0A>")]
+    last = writer.end("length", Usage(1, 2), Timings(0, 0, 0))
+    assert ("".join(shown) + last.text, last.finish_reason) == ("a", "stop")
+
+
+def test_an_end_that_the_tokenizer_does_not_call_special_is_no_text(tiny_bundle: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_bundle, tmp_path / "plain"))
+    (folder / "manifest.json").unlink()
+    source = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    for token in source["added_tokens"]:
+        token["special"] = False
+    (folder / "tokenizer.json").write_text(json.dumps(source), "utf-8")
+    with gptedge.load(folder, threads=1) as plain:
+        end = plain.tokenizer.token_to_id(END)
+        result = plain.run("The quick", max_tokens=8, logit_bias={end: 1e4})
+    assert (result.text, result.token_ids, result.finish_reason) == ("", (end,), "stop")
 
 
 def test_a_thousand_stop_strings(model: gptedge.Model) -> None:
@@ -244,6 +278,20 @@ def test_one_reply_at_a_time(model: gptedge.Model) -> None:
         chat.send("me too")
     stream.close()
     chat.send("now", max_tokens=2)
+
+
+@pytest.mark.parametrize("failing", ["copy_for", "keep"])
+def test_no_memory_for_a_cache_does_not_block_the_chat(tiny_bundle: Path, failing: str) -> None:
+    def fails(*_: Any) -> None:
+        raise MemoryError
+
+    with gptedge.load(tiny_bundle, threads=1) as model:
+        chat = model.chat(system="You are terse.", max_tokens=2)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(model.prefixes, failing, fails)
+            with pytest.raises(MemoryError):
+                chat.send("Hello")
+        assert chat.send("Hello again") is not None
 
 
 def test_unread_stream_does_not_block_the_chat(model: gptedge.Model) -> None:
