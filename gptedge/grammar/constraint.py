@@ -10,7 +10,8 @@ import json
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -67,6 +68,16 @@ class Grammar:
             self._table[state] = _DEAD if term == NOTHING else _UNKNOWN
         return self._states[term]
 
+    @contextmanager
+    def _growing(self) -> Iterator[None]:
+        """One thread at a time. A language that became too large for this reply is not kept for another."""
+        try:
+            with self._lock:
+                yield
+        except SchemaError:
+            _forget(self)
+            raise
+
     def may_end(self, state: State) -> bool:
         return self._terms.may_end(self._term_of[state])
 
@@ -79,7 +90,7 @@ class Grammar:
         text = self._vocabulary.bytes_of.get(token)
         if text is None:
             return _DEAD
-        with self._lock:
+        with self._growing():
             for byte in text:
                 state = self._step(state, byte)
         return state
@@ -92,7 +103,7 @@ class Grammar:
 
     def allowed(self, state: State) -> npt.NDArray[np.int64]:
         """Ids of the tokens that may come next, those that end a text aside."""
-        with self._lock:
+        with self._growing():
             if state not in self._masks:
                 self._masks[state] = self._walk(state)
                 if len(self._masks) > _KEPT_MASKS:
@@ -179,3 +190,10 @@ def grammar_of(schema: Mapping[str, Any] | bool, tokenizer: Tokenizer) -> Gramma
                 kept.popitem(last=False)
         kept.move_to_end(key)
         return kept[key]
+
+
+def _forget(grammar: Grammar) -> None:
+    with _making:
+        for kept in _grammars.values():
+            for key in [key for key, value in kept.items() if value is grammar]:
+                del kept[key]

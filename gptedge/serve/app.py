@@ -19,12 +19,12 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from gptedge.config import SamplingParams
-from gptedge.errors import GptEdgeError
+from gptedge.errors import GptEdgeError, SchemaError
 from gptedge.model import Model
 from gptedge.runtime.context import Window
 from gptedge.runtime.generate import Chunk, join
 from gptedge.serve.engine import Engine, Reply
-from gptedge.serve.errors import ApiError, about_prompt, closing, failed
+from gptedge.serve.errors import ApiError, about_prompt, about_schema, closing, failed
 from gptedge.serve.guard import Guard, RequestLog
 from gptedge.serve.requests import Job, known_model, parse_chat, parse_completion, parse_json, read_model
 from gptedge.serve.responses import Answer, ChatAnswer, MakeAnswer, OfText, Source, TextAnswer, model_object, usage_of
@@ -90,6 +90,8 @@ def _api_error(error: Exception) -> ApiError:
     """What to tell the client; what is the server's fault is also logged."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, SchemaError):  # some are found out only as the reply goes on
+        return about_schema(error)
     _log.error("a request failed: %s: %s", type(error).__name__, error, exc_info=_log.isEnabledFor(logging.DEBUG))
     return failed(error)
 
@@ -167,12 +169,11 @@ async def _bodies(reply: Reply, answer: Answer, include_usage: bool) -> AsyncIte
     no_usage: dict[str, Any] = {"usage": None} if include_usage else {}
     for body in answer.opening():
         yield body | no_usage
-    last, sent, of_text = Chunk(""), 0, OfText(answer.source)
+    last, of_text = Chunk(""), OfText(answer.source)
     async for last in reply:
         logprobs = of_text.take(last.text, last.logprobs)
         if last.text:
-            yield answer.piece(last.text, logprobs or None, sent) | no_usage
-            sent += len(last.text)
+            yield answer.piece(last.text, logprobs or None) | no_usage
     if last.finish_reason not in _ENDED or last.usage is None:
         raise closing()  # cancelled: by the server, or by a client that will not read this
     yield answer.ending(last.finish_reason) | no_usage

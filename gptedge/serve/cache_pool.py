@@ -30,25 +30,29 @@ class CachePool:
     def borrow(self, prompt: Sequence[int], adapter: Adapter | None = None) -> Iterator[KVCache]:
         """The best cache there is for `prompt`; what it holds beyond their common prefix is the borrower's to drop."""
         cache = self._take(prompt, adapter)
-        cache.use(adapter)
         try:
+            cache.use(adapter)
             yield cache
         finally:
             self._give_back(cache)
 
     def _take(self, prompt: Sequence[int], adapter: Adapter | None) -> KVCache:
         with self._lock:
-            self._n_lent += 1
-            alike = {i: common_prefix(c.ids, prompt) for i, c in enumerate(self._idle) if c.adapter is adapter}
-            whole = [i for i, n in alike.items() if _continues(self._idle[i].ids, n)]
-            if whole:
-                return self._idle.pop(max(whole, key=alike.__getitem__))
-            best = max(alike, key=alike.__getitem__, default=None)
-            made = self._idle[best].copy(alike[best]) if best is not None and alike[best] >= SHORTEST else None
-            if self._n_lent + len(self._idle) <= self._size or not self._idle:
-                return made or self._new_cache()
-            oldest = self._idle.pop(0)
-            return made or oldest
+            cache = self._best(prompt, adapter)
+            self._n_lent += 1  # only now: there may be no memory for another cache
+            return cache
+
+    def _best(self, prompt: Sequence[int], adapter: Adapter | None) -> KVCache:
+        alike = {i: common_prefix(c.ids, prompt) for i, c in enumerate(self._idle) if c.adapter is adapter}
+        whole = [i for i, n in alike.items() if _continues(self._idle[i].ids, n)]
+        if whole:
+            return self._idle.pop(max(whole, key=alike.__getitem__))
+        best = max(alike, key=alike.__getitem__, default=None)
+        made = self._idle[best].copy(alike[best]) if best is not None and alike[best] >= SHORTEST else None
+        if self._n_lent + len(self._idle) < self._size or not self._idle:
+            return made or self._new_cache()
+        oldest = self._idle.pop(0)
+        return made or oldest
 
     def _give_back(self, cache: KVCache) -> None:
         with self._lock:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -55,9 +55,12 @@ class Reply:
         future.add_done_callback(lambda done: self.put(None if done.cancelled() else done.exception()))
 
     def put(self, item: Chunk | BaseException | None) -> None:
-        """From any thread; nobody listens any more once the loop is closed."""
+        self.soon(self._queue.put_nowait, item)
+
+    def soon(self, call: Callable[..., object], *arguments: object) -> None:
+        """On the loop, from any thread; nobody listens any more once it is closed."""
         with suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
+            self._loop.call_soon_threadsafe(call, *arguments)
 
 
 def load_variants(model: Model, adapters: Iterable[Path]) -> dict[str, Adapter | None]:
@@ -92,8 +95,10 @@ class Engine:
         self.check_open()
         reply = Reply()
         future = self._workers.submit(self._work, reply, window, params, self.variants[variant])
-        self._active = {f: r for f, r in self._active.items() if not f.done()} | {future: reply}
+        self._active[future] = reply
         reply.follow(future)
+        # What a reply raised holds on to all that it was computed with.
+        future.add_done_callback(lambda done: reply.soon(self._active.pop, done, None))
         return reply
 
     def _work(self, reply: Reply, window: Window, params: SamplingParams, adapter: Adapter | None) -> None:

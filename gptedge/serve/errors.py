@@ -52,12 +52,16 @@ def closing() -> ApiError:
 def about_prompt(error: GptEdgeError, param: str) -> ApiError:
     """What the model said of a prompt that it cannot take."""
     if isinstance(error, SchemaError):
-        return invalid(str(error), "response_format.json_schema.schema")
+        return about_schema(error)
     if isinstance(error, ContextOverflowError):
         return invalid(error.problem, param, "context_length_exceeded")
     if isinstance(error, (UsageError, DataError, TokenizerError)):
         return invalid(str(error), param)
     return failed(error)
+
+
+def about_schema(error: SchemaError) -> ApiError:
+    return invalid(str(error), "response_format.json_schema.schema")
 
 
 def failed(error: Exception) -> ApiError:

@@ -6,13 +6,13 @@ asked, the usage. A whole answer has it all in one object.
 
 from __future__ import annotations
 
+import codecs
 import math
 import secrets
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from gptedge import __version__
 from gptedge.errors import TokenizerError
@@ -32,7 +32,7 @@ class Source:
     tokenizer: Tokenizer
     eos_ids: frozenset[int]
 
-    def of_text(self, result: Result) -> list[TokenLogprob] | None:
+    def of_text(self, result: Result) -> list[Placed] | None:
         """The log-probabilities of a whole reply's text."""
         return None if result.logprobs is None else OfText(self).take(result.text, result.logprobs)
 
@@ -43,9 +43,20 @@ class Source:
         except TokenizerError:
             return None
 
+    def shown_bytes(self, token_id: int) -> bytes:
+        """Those that a reply's text has of a token."""
+        return b"" if token_id in self.tokenizer.special_ids else self.token_bytes(token_id) or b""
+
     def token_text(self, token_id: int) -> str:
         """The token as text, U+FFFD for bytes that are only part of a character."""
         return (self.token_bytes(token_id) or b"").decode("utf-8", "replace")
+
+
+class Placed(NamedTuple):
+    """A token, and which character of the reply it begins with, or goes on with."""
+
+    begin: int
+    token: TokenLogprob
 
 
 class OfText:
@@ -56,20 +67,39 @@ class OfText:
     """
 
     def __init__(self, source: Source) -> None:
-        self._eos_ids, self._decoder = source.eos_ids, source.tokenizer.decode_stream()
-        self._held: list[tuple[int, TokenLogprob]] = []  # with where in the text each begins
+        self._source, self._decoder = source, source.tokenizer.decode_stream()
+        self._held: list[Placed] = []
         self._decoded = self._given = 0
+        self._waiting = b""  # what the text has none of yet, such as a part of a character
 
-    def take(self, text: str, logprobs: Iterable[TokenLogprob] | None) -> list[TokenLogprob]:
+    def take(self, text: str, logprobs: Iterable[TokenLogprob] | None) -> list[Placed]:
         """Those that belong to the text so far, `text` being the next piece of it, and have not been given out yet."""
         for token in logprobs or ():
-            if token.token_id not in self._eos_ids:
-                self._held.append((self._decoded, token))
-                self._decoded += len(self._decoder.step(token.token_id))
+            if token.token_id not in self._source.eos_ids:
+                self._held.append(Placed(self._place(token.token_id), token))
         self._given += len(text)
-        mine = [token for begin, token in self._held if begin < self._given]
+        mine = [placed for placed in self._held if placed.begin < self._given]
         self._held = self._held[len(mine) :]
         return mine
+
+    def _place(self, token_id: int) -> int:
+        """Decode a token; the character of the text that it begins with, or goes on with."""
+        waiting, data = self._waiting, self._source.shown_bytes(token_id)
+        # Decoded as far as the token's first byte, what waits ends with that byte's character, or its U+FFFD so far.
+        begin = self._decoded + max(len((waiting + data[:1]).decode("utf-8", "replace")) - 1, 0)
+        text = self._decoder.step(token_id)
+        self._decoded += len(text)
+        self._waiting = _unfinished(waiting + data) if text else waiting + data
+        if not self._decoded:  # a space that the text would begin with does not wait: many decoders drop it
+            self._waiting = self._waiting.lstrip(b" ")
+        return begin
+
+
+def _unfinished(data: bytes) -> bytes:
+    """The part of a character that `data` ends with."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    decoder.decode(data)
+    return decoder.getstate()[0]
 
 
 @dataclass(frozen=True)
@@ -90,12 +120,12 @@ def new_head(model: str, prefix: str) -> Head:
 
 
 class Answer(Protocol):
-    """How one route words an answer. `offset` is the number of characters sent before a piece."""
+    """How one route words an answer."""
 
     source: Source
 
     def opening(self) -> list[Json]: ...
-    def piece(self, text: str, logprobs: Sequence[TokenLogprob] | None, offset: int) -> Json: ...
+    def piece(self, text: str, logprobs: Sequence[Placed] | None) -> Json: ...
     def ending(self, reason: FinishReason) -> Json: ...
     def usage_only(self, usage: Json) -> Json: ...
     def whole(self, result: Result) -> Json: ...
@@ -111,7 +141,7 @@ class ChatAnswer:
     def opening(self) -> list[Json]:
         return [self._chunk({"role": "assistant", "content": ""}, None, None)]
 
-    def piece(self, text: str, logprobs: Sequence[TokenLogprob] | None, offset: int) -> Json:
+    def piece(self, text: str, logprobs: Sequence[Placed] | None) -> Json:
         return self._chunk({"content": text}, self._logprobs(logprobs), None)
 
     def ending(self, reason: FinishReason) -> Json:
@@ -133,12 +163,12 @@ class ChatAnswer:
         choice = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
         return self._head.body("chat.completion.chunk", [choice])
 
-    def _logprobs(self, logprobs: Sequence[TokenLogprob] | None) -> Json | None:
+    def _logprobs(self, logprobs: Sequence[Placed] | None) -> Json | None:
         if logprobs is None:
             return None
         content = [
             self._named(t.token_id, t.logprob) | {"top_logprobs": [self._named(*top) for top in t.top]}
-            for t in logprobs
+            for _, t in logprobs
         ]
         return {"content": content, "refusal": None}
 
@@ -158,8 +188,8 @@ class TextAnswer:
     def opening(self) -> list[Json]:
         return []
 
-    def piece(self, text: str, logprobs: Sequence[TokenLogprob] | None, offset: int) -> Json:
-        return self._body(text, self._logprobs(logprobs, offset), None)
+    def piece(self, text: str, logprobs: Sequence[Placed] | None) -> Json:
+        return self._body(text, self._logprobs(logprobs), None)
 
     def ending(self, reason: FinishReason) -> Json:
         return self._body("", None, reason)
@@ -168,22 +198,22 @@ class TextAnswer:
         return self._head.body("text_completion", [], usage=usage)
 
     def whole(self, result: Result) -> Json:
-        body = self._body(result.text, self._logprobs(self.source.of_text(result), 0), result.finish_reason)
+        body = self._body(result.text, self._logprobs(self.source.of_text(result)), result.finish_reason)
         return body | {"usage": usage_of(result.usage, result.timings)}
 
     def _body(self, text: str, logprobs: Json | None, reason: FinishReason | None) -> Json:
         choice = {"index": 0, "text": text, "logprobs": logprobs, "finish_reason": reason}
         return self._head.body("text_completion", [choice])
 
-    def _logprobs(self, logprobs: Sequence[TokenLogprob] | None, offset: int) -> Json | None:
+    def _logprobs(self, logprobs: Sequence[Placed] | None) -> Json | None:
         if logprobs is None:
             return None
-        tokens = [self.source.token_text(t.token_id) for t in logprobs]
+        tokens = [t for _, t in logprobs]
         return {
-            "tokens": tokens,
-            "token_logprobs": [finite(t.logprob) for t in logprobs],
-            "top_logprobs": [self._top(t) for t in logprobs] if any(t.top for t in logprobs) else None,
-            "text_offset": list(accumulate(map(len, tokens), initial=offset))[:-1],
+            "tokens": [self.source.token_text(t.token_id) for t in tokens],
+            "token_logprobs": [finite(t.logprob) for t in tokens],
+            "top_logprobs": [self._top(t) for t in tokens] if any(t.top for t in tokens) else None,
+            "text_offset": [begin for begin, _ in logprobs],
         }
 
     def _top(self, token: TokenLogprob) -> dict[str, float]:

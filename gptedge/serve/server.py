@@ -1,14 +1,19 @@
-"""Running the server: the listening socket, uvicorn, and an orderly end on Ctrl+C or SIGTERM."""
+"""Running the server: the listening socket, uvicorn, and an orderly end on Ctrl+C or a polite kill."""
 
 from __future__ import annotations
 
 import os
+import signal
 import socket
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 
 import uvicorn
 
 from gptedge.errors import GptEdgeError
+from gptedge.interrupts import KILLS
 from gptedge.model import Model
 from gptedge.serve.app import build_app
 from gptedge.serve.engine import Engine, load_variants
@@ -24,10 +29,9 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         sock = socket.socket(family, kind, proto)
-    except OSError as e:
-        raise GptEdgeError(
-            f"the host {host!r} cannot be used: {e.strerror or e}; give an address of this machine"
-        ) from None
+    except (OSError, ValueError) as e:  # ValueError: what no name can be, such as a..b, is not even looked up
+        problem = (e.strerror or e) if isinstance(e, OSError) else "it is not a valid name"
+        raise GptEdgeError(f"the host {host!r} cannot be used: {problem}; give an address of this machine") from None
     try:
         if os.name == "posix":  # on Windows it would share the port with a stranger
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -78,6 +82,15 @@ class Server(uvicorn.Server):
         """What clients may ask for; the model without an adapter first."""
         return list(self._engine.variants)
 
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Kills that uvicorn does not know, such as SIGHUP, end the server as SIGTERM does.
+
+        A handler that raises would often do so within a request, where uvicorn takes it for the request's own failure.
+        """
+        with super().capture_signals(), _handled(self.handle_exit):
+            yield
+
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._on_ready()
@@ -87,9 +100,25 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
     def serve_forever(self, sock: socket.socket) -> None:
-        """Answer until `should_exit`, or until Ctrl+C or SIGTERM, which then raise KeyboardInterrupt."""
+        """Answer until `should_exit`, or until Ctrl+C or a polite kill, which then raise KeyboardInterrupt."""
         try:
             self.run(sockets=[sock])
         finally:
             self._engine.close()
             self._engine.join()
+
+
+@contextmanager
+def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Polite kills go to `handler`, those that are ignored aside. Does nothing outside the main thread."""
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        # None: set by a program that is not Python, and could not be put back.
+        before = {n: old for n in KILLS if (old := signal.getsignal(n)) not in (signal.SIG_IGN, None)}
+    for number in before:
+        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)

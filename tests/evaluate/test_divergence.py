@@ -14,7 +14,7 @@ import pytest
 
 from gptedge.bundle import open_bundle
 from gptedge.errors import BundleError, DataError, UsageError
-from gptedge.evaluate.bench import bench, lengths, memory_bandwidth
+from gptedge.evaluate.bench import bench, lengths, memory_bandwidth, step_bytes
 from gptedge.evaluate.divergence import (
     Scores,
     Side,
@@ -25,6 +25,7 @@ from gptedge.evaluate.divergence import (
     summarize,
 )
 from gptedge.loading import load
+from gptedge.quantize.quantizer import quantize
 from gptedge.runtime.kv_cache import KVCache
 from gptedge.runtime.session import Session
 from tests.conftest import TEXT
@@ -247,6 +248,14 @@ def test_bench_takes_what_the_context_has_room_for() -> None:
     for given in ((173, 128), (None, 300), (300, None)):
         with pytest.raises(UsageError, match="do not fit the model's context of 300"):
             lengths(300, *given)
+
+
+def test_what_is_widened_is_read_as_floats(tiny_bundle: Path, tmp_path: Path) -> None:
+    """A width of 64, so that no block is filled up."""
+    quantize(tiny_bundle, tmp_path / "small", recipe="int8-weight")
+    whole, small = open_bundle(tiny_bundle), open_bundle(tmp_path / "small")
+    assert step_bytes(whole) == whole.size_bytes > 2 * small.size_bytes
+    assert step_bytes(small) > 0.9 * whole.size_bytes
 
 
 def test_bench_reports_every_key(session: Session) -> None:

@@ -220,3 +220,22 @@ def test_many_states_make_room(model: Model, vocabulary: Vocabulary) -> None:
         i for i in grammar.allowed(state) if grammar.is_whole(grammar.after(state, i))
     ]
     assert len(grammar.allowed(state)) >= 1
+
+
+def walked_by_tokens(grammar: Grammar, tokens: list[int]) -> None:
+    state = grammar.start
+    for token in tokens:
+        grammar.allowed(state)
+        state = grammar.after(state, token)
+
+
+def test_a_grammar_that_became_too_large_is_not_kept(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its memory is not held, and a shorter reply may stay within a new one."""
+    schema = {"type": "string", "pattern": "^((a{1,100}){1,100}){1,100}$"}
+    grammar = grammar_of(schema, model.tokenizer)
+    assert grammar_of(schema, model.tokenizer) is grammar
+    monkeypatch.setattr("gptedge.grammar.terms._MOST_TERMS", 600)
+    with pytest.raises(UsageError, match="too complicated"):
+        walked_by_tokens(grammar, model.tokenizer.encode('"' + "a" * 100))
+    assert grammar not in constraint_module._grammars[model.tokenizer].values()
+    assert grammar_of(schema, model.tokenizer) is not grammar

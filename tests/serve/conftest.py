@@ -38,10 +38,10 @@ TEMPLATE = """
 {%- endfor -%}"""
 
 
-def follower(token: int) -> int:
+def follower(token: int, after_emoji: int = EOS) -> int:
     """The byte that follows a byte."""
     if token in EMOJI:
-        return int((*EMOJI, EOS)[EMOJI.index(token) + 1])
+        return int((*EMOJI, after_emoji)[EMOJI.index(token) + 1])
     text = chr(token)
     if text == "!":
         return EMOJI[0]
@@ -95,6 +95,7 @@ class FakeSession(Session):
         self.context_length = context_length
         self.delay_s = 0.0
         self.fails = False
+        self.follows_emoji = EOS
         self.n_tokens_run = 0
 
     def room_to_guess(self, cache: Any, left: int) -> int:
@@ -110,7 +111,7 @@ class FakeSession(Session):
         self.n_tokens_run += len(ids)
         for row, token in zip(logits[0][0], ids, strict=True):
             row[:] = 0
-            row[follower(int(token))] = 20.0
+            row[follower(int(token), self.follows_emoji)] = 20.0
         return logits[0]
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import re
 import time
+from collections.abc import Callable
+from itertools import accumulate
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +17,9 @@ from gptedge.config import SamplingParams
 from gptedge.runtime.sampling import TokenLogprob
 from gptedge.serve.responses import OfText, Source
 from gptedge.serve.transport import to_json
+from gptedge.tokenizer import Tokenizer
+from tests.conftest import make_tokenizer
+from tests.serve.conftest import FakeTokenizer
 
 PRINT = f"gptedge-{__version__}"
 
@@ -160,13 +166,97 @@ def test_logprobs_end_where_the_text_ends(shared: Any, events: Any, stop: Any) -
 
 def test_a_token_of_which_a_part_is_shown_has_its_logprob() -> None:
     def pieces(*chunks: tuple[str, list[int]]) -> list[list[int]]:
-        tokenizer: Any = SimpleNamespace(decode_stream=lambda: SimpleNamespace(step=["ba", "c.", "<end>"].__getitem__))
+        words = ["ba", "c.", "<end>"]
+        tokenizer: Any = SimpleNamespace(
+            decode_stream=lambda: SimpleNamespace(step=words.__getitem__),
+            token_bytes=lambda token: words[token].encode(),
+            special_ids=frozenset(),
+        )
         of_text = OfText(Source("m", tokenizer, frozenset([2])))
-        return [[t.token_id for t in of_text.take(text, [TokenLogprob(i, 0.0) for i in ids])] for text, ids in chunks]
+        return [
+            [t.token_id for _, t in of_text.take(text, [TokenLogprob(i, 0.0) for i in ids])] for text, ids in chunks
+        ]
 
     assert pieces(("bac", [0, 1, 0, 2])) == [[0, 1]]
     # As a stop string "bab" has it: the second token may be the beginning of one, until there is a third.
     assert pieces(("", [0]), ("ba", [0]), ("bac.", [1]), ("", [2])) == [[], [0], [0, 1], []]
+
+
+def byte_fallback() -> Tokenizer:
+    """As Llama 2 has it: bytes for what is no token, and a space before every text, which decoding drops."""
+    tokens = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", "a", "b"]
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+    back = {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}
+    return Tokenizer.from_dict(
+        {
+            "version": "1.0",
+            "added_tokens": [],
+            "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "\u2581"}, replace]},
+            "pre_tokenizer": None,
+            "post_processor": None,
+            "decoder": {
+                "type": "Sequence",
+                "decoders": [
+                    back,
+                    {"type": "ByteFallback"},
+                    {"type": "Fuse"},
+                    {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+                ],
+            },
+            "model": {
+                "type": "BPE",
+                "vocab": {token: i for i, token in enumerate(tokens)},
+                "merges": [],
+                "byte_fallback": True,
+                "unk_token": "<unk>",
+            },
+        }
+    )
+
+
+@pytest.mark.parametrize("make", [make_tokenizer, byte_fallback])
+@pytest.mark.parametrize("text", ["🎉a b", "日本🎉🎉a", "a日本 b🎉", "The quick é", "日"])
+def test_a_token_is_placed_where_its_first_byte_is(make: Callable[[], Tokenizer], text: str) -> None:
+    """Against all bytes decoded at once."""
+    tokenizer = make()
+    ids = tokenizer.encode(text)
+    parts = [tokenizer.token_bytes(i) for i in ids]
+    whole, starts = b"".join(parts), accumulate(map(len, parts[:-1]), initial=0)
+    dropped = len(whole.decode()) - len(text)
+    expected = [max(len(whole[: start + 1].decode("utf-8", "replace")) - 1 - dropped, 0) for start in starts]
+
+    source, logprobs = Source("m", tokenizer, frozenset()), [TokenLogprob(i, 0.0) for i in ids]
+    assert tokenizer.decode(ids) == text
+    assert [begin for begin, _ in OfText(source).take(text, logprobs)] == expected
+    stream, of_text = tokenizer.decode_stream(), OfText(source)
+    streamed = [placed for t in logprobs for placed in of_text.take(stream.step(t.token_id), [t])]
+    assert [*streamed, *of_text.take(stream.flush(), None)] == list(zip(expected, logprobs, strict=True))
+
+
+def test_a_token_with_the_end_of_one_character_and_a_part_of_the_next() -> None:
+    class Merged(FakeTokenizer):
+        def token_bytes(self, token: int) -> bytes:
+            return (b"a\xf0", b"\x9f", b"\x98", b"\x80b", b"c")[token]
+
+        def decode_stream(self) -> Any:
+            decoder = codecs.getincrementaldecoder("utf-8")("replace")
+            return SimpleNamespace(step=lambda token: decoder.decode(self.token_bytes(token)))
+
+    tokenizer: Any = Merged()
+    placed = OfText(Source("m", tokenizer, frozenset())).take("a😀bc", [TokenLogprob(i, 0.0) for i in range(5)])
+    assert [begin for begin, _ in placed] == [0, 1, 1, 1, 3]
+
+
+def test_text_offsets_after_a_character_of_several_tokens(start_server: Any, events: Any) -> None:
+    """The model goes on with a digit after the emoji, for ever."""
+    server = start_server()
+    server.session.follows_emoji = ord("0")
+    whole = server.complete("!", logprobs=0, max_tokens=6).json()["choices"][0]
+    assert (whole["text"], whole["logprobs"]["text_offset"]) == ("😀01", [0, 0, 0, 0, 1, 2])
+    parts = [p["choices"][0] for p in events(server.complete("!", logprobs=0, max_tokens=6, stream=True))]
+    assert [(p["text"], p["logprobs"] and p["logprobs"]["text_offset"]) for p in parts] == [
+        ("😀", [0, 0, 0, 0]), ("0", [1]), ("1", [2]), ("", None),
+    ]  # fmt: skip
 
 
 def test_the_chosen_token_is_among_the_top_ones_even_when_it_is_not_likely(shared: Any) -> None:

@@ -144,3 +144,21 @@ def test_a_shared_beginning_is_copied() -> None:
             assert cache is not first
             assert cache.ids == (system if n >= SHORTEST else [])
         assert len(first) == n + 200
+
+
+@pytest.mark.parametrize("method", ["copy", "use"])
+def test_no_memory_for_a_cache_costs_no_slot(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    pool = CachePool(new_cache, 2)
+    system = [7] * SHORTEST
+    run(pool, [*system, *range(100, 300)])
+    with monkeypatch.context() as patch:
+        patch.setattr(KVCache, method, fail)
+        for _ in range(3):
+            with pytest.raises(MemoryError), pool.borrow([*system, 1]):
+                pass
+    with pool.borrow([1]) as a, pool.borrow([2]) as b:
+        assert a is not b
+    assert len(pool._idle) == 2

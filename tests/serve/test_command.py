@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -18,11 +19,14 @@ import pytest
 
 from gptedge.cli.serve import command
 from gptedge.errors import GptEdgeError
-from gptedge.serve.server import bind
+from gptedge.serve.server import Server, bind
+from gptedge.serve.settings import ServerSettings
+from tests.serve.conftest import fake_model
 
 # The command with its bundle replaced by the model of conftest.py.
 _SCRIPT = """
-import runpy, sys, pathlib
+import runpy, signal, sys, pathlib
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup, or what runs the tests, may have it ignored
 import gptedge.loading
 fakes = runpy.run_path(sys.argv[1])
 def load(bundle, **options):
@@ -46,7 +50,7 @@ def serving(folder: Path, *options: str) -> Iterator[Any]:
         process.communicate()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_running_replies_and_the_server(tmp_path: Path, number: signal.Signals) -> None:
     with serving(tmp_path, "--port", "0", "--json") as process:
         ready = json.loads(process.stdout.readline())
@@ -67,6 +71,20 @@ def test_a_signal_ends_running_replies_and_the_server(tmp_path: Path, number: si
         f"gptedge: serving fake at {ready['url']} (context of 2000 tokens); Ctrl+C stops",
         "gptedge: stopped",
     ]
+
+
+@pytest.mark.parametrize("before", [signal.SIG_IGN, signal.SIG_DFL])
+def test_a_hangup_is_handled_unless_it_is_ignored(tmp_path: Path, before: signal.Handlers) -> None:
+    server = Server(fake_model(tmp_path), ServerSettings())
+    kept = signal.signal(signal.SIGHUP, before)
+    try:
+        with server.capture_signals():
+            ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        assert ignored == (before == signal.SIG_IGN)
+        assert signal.getsignal(signal.SIGHUP) == before
+    finally:
+        signal.signal(signal.SIGHUP, kept)
+        server._engine.close()
 
 
 def test_a_warning_when_others_can_connect_without_a_key(tmp_path: Path) -> None:
@@ -90,9 +108,10 @@ def test_a_port_in_use(tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_a_host_that_is_none() -> None:
-    with pytest.raises(GptEdgeError, match="the host 'no such host' cannot be used"):
-        bind("no such host", 0)
+@pytest.mark.parametrize("host", ["no such host", "a..b", "a" * 64 + ".b", "a\0b"])
+def test_a_host_that_is_none(host: str) -> None:
+    with pytest.raises(GptEdgeError, match=f"the host {re.escape(repr(host))} cannot be used: .*; give an address"):
+        bind(host, 0)
 
 
 def test_requests_during_the_closing_get_503(start_server: Any) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import time
+import weakref
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,7 @@ import openai
 import pytest
 
 import gptedge
+from gptedge.grammar.constraint import Grammar
 from gptedge.serve.settings import ServerSettings
 from tests.serve.conftest import Running
 
@@ -64,3 +69,34 @@ def test_what_cannot_be_followed_names_the_place(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="#/items has not") as error:
         client.chat.completions.create(model="bundle", messages=MESSAGES, response_format=bad)
     assert error.value.param == "response_format.json_schema.schema"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_schema_found_too_complicated_as_the_reply_goes_on(
+    client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    """It is the client's fault, and nothing of it is kept."""
+    made: weakref.WeakSet[Any] = weakref.WeakSet()
+    make = Grammar.__init__
+
+    def noted(grammar: Grammar, *arguments: Any) -> None:
+        made.add(grammar)
+        make(grammar, *arguments)
+
+    monkeypatch.setattr(Grammar, "__init__", noted)
+    monkeypatch.setattr("gptedge.grammar.terms._MOST_TERMS", 600)
+    schema = {"type": "string", "pattern": "^((a{1,100}){1,100}){1,100}$"}
+    nested: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    ask = partial(client.chat.completions.create, model="bundle", messages=MESSAGES, response_format=nested)
+    with pytest.raises(openai.APIError, match="too complicated") as error:
+        list(ask(max_tokens=100, stream=stream))
+    assert isinstance(error.value, openai.BadRequestError) is not stream
+    assert error.value.type == "invalid_request_error"
+    assert error.value.param == "response_format.json_schema.schema"
+    error.value.__traceback__ = None
+    for _ in range(50):
+        gc.collect()
+        if not made:
+            break
+        time.sleep(0.05)  # the server's threads may not have come to their end
+    assert not made
