@@ -13,7 +13,7 @@ import onnx
 from onnx import TensorProto
 
 from gptedge.errors import DataError
-from gptedge.quantize.gptq import quantize_calibrated
+from gptedge.quantize.gptq import quantize_calibrated, round_whole_rows
 from gptedge.quantize.integer_products import Columns
 from gptedge.quantize.passes import Target, arrays_of, constants, replacements
 from gptedge.quantize.rounding import Blocks, dequantize
@@ -53,23 +53,40 @@ class Calibrator:
         self.output_errors: dict[str, float] = {}
         """By weight: what rounding it changes of its product's outputs on the text, ||X (W - Q)'|| / ||X W'||."""
 
-    def quantize(self, target: Target, rows: npt.NDArray[Any]) -> Blocks:
-        """Quantize `rows` [N, K]. Raises DataError when activations that reach it are not finite."""
+    def quantize(self, target: Target, rows: npt.NDArray[Any], step: float | None = None) -> Blocks | Columns:
+        """Quantize `rows` [N, K]; `step` is that of whole rows' activations. Raises DataError when activations that
+        reach it are not finite."""
         node = next(name for name in self._nodes if name in target.products)
         weights = weights_of(target, self._shape, self._token_weights.get(node))
-        if target.lookups:  # these come before all else: what will reach the product, the float model tells alone
-            inputs = expected = self._walk(self._for_tables).inputs_of(node)
-        else:
-            inputs, expected = self._quantized.inputs_of(node), self._float.inputs_of(node)
+        inputs, expected = self._inputs(node, target)
         h, cross = _moments(inputs, expected, weights)
         if not (np.isfinite(h).all() and np.isfinite(cross).all()):
             raise DataError(f"the activations that reach {node} are not finite on the calibration text")
         weight = np.asarray(rows, np.float32)
-        blocks = quantize_calibrated(weight, h, cross, target.scheme, self._pool)
-        change = weight - dequantize(blocks, target.scheme, target.width)
+        made: Blocks | Columns
+        if target.scheme.whole_rows:
+            made = Columns.of_integers(*round_whole_rows(weight, h, target.scheme), step)
+            rounded = made.dequantized()
+        else:
+            made = quantize_calibrated(weight, h, cross, target.scheme, self._pool)
+            rounded = dequantize(made, target.scheme, target.width)
         of_all = max(_energy(weight, h), 1e-30)
-        self.output_errors[target.weight] = round(float(np.sqrt(_energy(change, h) / of_all)), 6)
-        return blocks
+        self.output_errors[target.weight] = round(float(np.sqrt(_energy(weight - rounded, h) / of_all)), 6)
+        return made
+
+    def _inputs(self, node: str, target: Target) -> tuple[list[FloatArray], list[FloatArray]]:
+        """Of a product, as the quantized model gives them, and the float model.
+
+        Those of the float model alone for a table that is looked up, which comes before all else; and for whole rows:
+        what the rounding of activations adds to their inputs is noise, which a weight that makes up for it learns.
+        """
+        if target.lookups:
+            inputs = self._walk(self._for_tables).inputs_of(node)
+        elif target.scheme.whole_rows:
+            inputs = self._float.inputs_of(node)
+        else:
+            return self._quantized.inputs_of(node), self._float.inputs_of(node)
+        return inputs, inputs
 
     def put_in_place(self, target: Target, blocks: Blocks | Columns) -> None:
         """Later activations come through the quantized weight."""
@@ -83,7 +100,10 @@ class Calibrator:
 def _moments(
     inputs: Sequence[FloatArray], expected: Sequence[FloatArray], weights: FloatArray
 ) -> tuple[FloatArray, FloatArray]:
-    """X'X and (X0 - X)'X of the inputs X and those of the float model X0, tokens weighed, [width, width]."""
+    """X'X and (X0 - X)'X of the inputs X and those of the float model X0, tokens weighed, [width, width].
+
+    The second is zero, without being computed, where `expected` is `inputs`.
+    """
     width = inputs[0].shape[-1]
     h, cross = np.zeros((width, width), np.float32), np.zeros((width, width), np.float32)
     at = 0
@@ -91,7 +111,8 @@ def _moments(
         root = np.sqrt(weights[at : at + len(x)])
         weighed, at = x * root, at + len(x)
         h += weighed.T @ weighed
-        cross += (x0 * root - weighed).T @ weighed
+        if x0 is not x:
+            cross += (x0 * root - weighed).T @ weighed
     return h, cross
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from gptedge.quantize.integer_products import row_scales
 from gptedge.quantize.recipes import Scheme
 from gptedge.quantize.rounding import Blocks, as_blocks, search_scales, storable
 
@@ -62,6 +63,12 @@ def _round_rows(
     return as_blocks(integers, scale, zero, scheme)
 
 
+def round_whole_rows(weight: FloatArray, h: FloatArray, scheme: Scheme) -> tuple[FloatArray, FloatArray]:
+    """GPTQ for rows that have one scale each: integers [N, K] around zero, and scales [N]. Descents gained nothing."""
+    scale, zero = row_scales(weight), np.full((len(weight), 1), 2 ** (scheme.bits - 1), np.float32)
+    return round_columns(weight, Order.of(damped(h)), scale[:, None], zero, scheme) - zero, scale
+
+
 def damped(h: FloatArray) -> FloatArray:
     """H with a little added to its diagonal, so that it can be inverted."""
     h = np.array(h, np.float32)
@@ -96,7 +103,7 @@ def round_columns(weight: FloatArray, order: Order, scale: FloatArray, zero: Flo
     """GPTQ. Scales and zero points are [N, blocks]; the integers are returned as float32 [N, K]."""
     upper = order.upper
     columns = np.ascontiguousarray(weight.T[order.columns])  # [K, N]: a column is contiguous
-    scales, zeros = (np.ascontiguousarray(a.T)[order.columns // scheme.block_size] for a in (scale, zero))
+    scales, zeros = (np.ascontiguousarray(a.T)[order.columns // scheme.size_in(weight.shape[1])] for a in (scale, zero))
     integers = np.empty_like(columns)
     top, k = np.float32(2**scheme.bits - 1), len(columns)
     for first in range(0, k, _COLUMNS):

@@ -66,9 +66,19 @@ class Columns:
     def of(cls, weight: npt.NDArray[Any], step: float | None = None) -> Columns:
         """Round [N, K] to the nearest; cutting off a range of 255 steps never paid."""
         rows = np.asarray(weight, np.float32)
-        scales = np.maximum(np.abs(rows).max(1), _TINY) / LARGEST
-        integers = np.clip(np.rint(rows / scales[:, None]), -LARGEST, LARGEST)
+        scales = row_scales(rows)
+        return cls.of_integers(np.clip(np.rint(rows / scales[:, None]), -LARGEST, LARGEST), scales, step)
+
+    @classmethod
+    def of_integers(
+        cls, integers: npt.NDArray[np.float32], scales: npt.NDArray[np.float32], step: float | None = None
+    ) -> Columns:
+        """What was found otherwise: integers [N, K] around zero."""
         return cls(np.ascontiguousarray(integers.T.astype(np.int8)), scales, step)
+
+    def dequantized(self) -> npt.NDArray[np.float32]:
+        """The [N, K] matrix that the kernels compute with."""
+        return np.ascontiguousarray((self.columns * self.scales).T)
 
     def arrays(self, parts: Sequence[str] = WHOLE) -> dict[str, npt.NDArray[Any]]:
         """By role: `roles` of such parts, and a step's where there is one."""
@@ -76,6 +86,12 @@ class Columns:
         arrays = (np.ascontiguousarray(a) for pair in zip(columns, scales, strict=True) for a in pair)
         made = dict(zip(roles(parts), arrays, strict=True))
         return made if self.step is None else made | {_STEP_ROLE: np.array([self.step], np.float32)}
+
+
+def row_scales(rows: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """At which the range of each row is just held, [N]."""
+    scales: npt.NDArray[np.float32] = np.maximum(np.abs(rows).max(1), _TINY) / LARGEST
+    return scales
 
 
 def roles(parts: Sequence[str] = WHOLE) -> list[str]:

@@ -355,10 +355,10 @@ class _Job:
             nonlocal done
             rows = read(initializers[target.weight])
             blocks: Blocks | Columns
-            if target.scheme.whole_rows:
+            if calibrator and target.is_calibrated:
+                blocks = calibrator.quantize(target, rows, steps.get(target.weight))
+            elif target.scheme.whole_rows:
                 blocks = Columns.of(rows, steps.get(target.weight))
-            elif calibrator and target.is_calibrated:
-                blocks = calibrator.quantize(target, rows)
             else:
                 blocks = quantize_matrix(rows, target.scheme, importance.get(target.weight), pool)
             if calibrator:

@@ -54,6 +54,10 @@ class Scheme:
     def whole_rows(self) -> bool:
         return self.block_size == WHOLE_ROWS
 
+    def size_in(self, width: int) -> int:
+        """Of the blocks of rows of such a width."""
+        return width if self.whole_rows else self.block_size
+
 
 @dataclass(frozen=True)
 class Group:
@@ -83,8 +87,8 @@ class Group:
             raise UsageError(f"{self.match}: first_token is {self.first_token}; it must be at least 0")
         if self.widen and (self.scheme.bits != 8 or not self.scheme.symmetric):
             raise UsageError(f"{self.match}: weights that are widened at load must be of 8 bits and symmetric")
-        if self.scheme.whole_rows and (self.widen or self.method != "rtn"):
-            raise UsageError(f"{self.match}: whole rows (block_size {WHOLE_ROWS}) take the method rtn, and no widen")
+        if self.scheme.whole_rows and self.widen:
+            raise UsageError(f"{self.match}: whole rows (block_size {WHOLE_ROWS}) are not widened")
         if self.static and not (self.smooth and self.scheme.whole_rows):
             raise UsageError(f"{self.match}: static takes whole rows (block_size {WHOLE_ROWS}) that are smoothed")
 
@@ -129,11 +133,11 @@ _INT8 = Scheme(bits=8, block_size=64, symmetric=True, steps=1)
 _INT8_ROWS = dataclasses.replace(_INT8, block_size=WHOLE_ROWS)
 _INT4 = Scheme(bits=4, block_size=32, symmetric=False, steps=12)
 INTEGER_LAYERS = (
-    Group("*.attn.[qkv]*", _INT8_ROWS, smooth=True),  # static, these would lose most for the time they save
     Group("*.mlp.down.*", _INT8_ROWS, smooth=True),  # what reaches them differs a hundredfold between tokens
     Group("*", _INT8_ROWS, smooth=True, static=True),
 )
 """Products of integers for all weights but tables."""
+_CALIBRATED_LAYERS = tuple(dataclasses.replace(g, method="gptq") for g in INTEGER_LAYERS)
 _TABLES = (Group("embed.weight", _INT8), Group("head.weight", _INT8))
 _SMOOTH_TABLES = tuple(dataclasses.replace(g, smooth=True) for g in _TABLES)
 
@@ -150,9 +154,10 @@ _ATTENDED = dataclasses.replace(_CALIBRATED, match="*.attn.[qkv]*", first_token=
 
 RECIPES: Mapping[str, Recipe] = {
     "int8": Recipe(
-        "8-bit products of integers, a scale for each row of a weight and each token, activations smoothed: fastest "
-        "for prompts, guesses and lists",
-        (*_SMOOTH_TABLES, *INTEGER_LAYERS),
+        "8-bit products of integers, a scale for each row of a weight, activations smoothed; calibrated: fastest for "
+        "prompts, guesses and lists",
+        (*_SMOOTH_TABLES, *_CALIBRATED_LAYERS),
+        calibration_windows=16,
     ),
     "int8-block": Recipe(
         "8-bit weights and activations in blocks of 64, activations smoothed: nearer to the float model",

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from gptedge.quantize import gptq
-from gptedge.quantize.recipes import Scheme
+from gptedge.quantize.integer_products import Columns
+from gptedge.quantize.recipes import WHOLE_ROWS, Scheme
 from gptedge.quantize.rounding import dequantize, quantize_rows, search_scales
 
 SCHEMES = [Scheme(4, 32, False, 6), Scheme(4, 16, True, 6), Scheme(8, 64, True, 1)]
@@ -40,6 +41,14 @@ def test_calibrated_rounding_beats_nearest(weight: np.ndarray, inputs: np.ndarra
     calibrated = output_error(weight, dequantize(blocks, scheme, K), inputs)
     nearest = output_error(weight, dequantize(quantize_rows(weight, scheme), scheme, K), inputs)
     assert calibrated < 0.5 * nearest
+
+
+def test_whole_rows_beat_nearest_too(weight: np.ndarray, inputs: np.ndarray) -> None:
+    scheme = Scheme(8, WHOLE_ROWS, True, 1)
+    integers, scales = gptq.round_whole_rows(weight, inputs.T @ inputs, scheme)
+    np.testing.assert_array_equal(integers, np.clip(np.rint(integers), -128, 127))
+    nearest = Columns.of(weight).dequantized()
+    assert output_error(weight, integers * scales[:, None], inputs) < 0.5 * output_error(weight, nearest, inputs)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
