@@ -40,12 +40,14 @@ class ChatPrompt:
         begin = self._template.is_continuation and not continued
         pieces = _MARKED.split(text)
         if len(pieces) == 1:
-            return self._tokenizer.encode(text, add_special_tokens=begin)
+            return self._tokenizer.encode(text, add_special_tokens=begin, continued=continued)
         ids: list[int] = []
         for plain, number in zip(pieces[0::2], [*pieces[1::2], None], strict=True):
-            ids += self._tokenizer.encode(plain, add_special_tokens=begin and not ids) if plain else []
+            later = continued or bool(ids)
+            ids += self._tokenizer.encode(plain, add_special_tokens=begin and not ids, continued=later) if plain else []
             if number is not None and int(number) < len(self._special):
-                ids += self._tokenizer.encode(self._special[int(number)], parse_special=False)
+                special, later = self._special[int(number)], continued or bool(ids)
+                ids += self._tokenizer.encode(special, parse_special=False, continued=later)
         return ids
 
     def marked(self, content: str) -> str:

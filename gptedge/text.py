@@ -56,3 +56,11 @@ _SIGNS = {"\n": "↵", "\t": "⇥", "\r": "␍"}
 def visible(text: str) -> str:
     """Text that cannot move a cursor, colour a terminal or turn a line around: what is not printable is escaped."""
     return "".join(_SIGNS.get(c) or (c if c.isprintable() else f"\\u{{{ord(c):x}}}") for c in text)
+
+
+_CONTROLS = {c: f"\\u{{{c:x}}}" for c in (*range(0x20), *range(0x7F, 0xA0)) if chr(c) not in "\n\t"}
+
+
+def without_controls(text: str) -> str:
+    """Text of several lines for a terminal, which must not obey it: clear its screen, set the clipboard."""
+    return text.translate(_CONTROLS)

@@ -21,7 +21,7 @@ from textual.widgets import Label
 from gptedge.config import SamplingParams
 from gptedge.errors import GptEdgeError
 from gptedge.tui import colours
-from gptedge.tui.common import CONTINUATION, answer_to, changes_to_regenerate, dropped, is_command, one_line
+from gptedge.tui.common import CONTINUATION, UNANSWERED, answer_to, changes_to_regenerate, dropped, is_command, one_line
 from gptedge.tui.composer import Composer
 from gptedge.tui.replies import BATCH_SECONDS, Ended, Loaded, Loader, LoadFailed, Reply, TextCame, join_all
 from gptedge.tui.status import Facts, Status
@@ -88,6 +88,7 @@ class ChatApp(App[BaseException]):
         """The one it takes the place of, hidden until it is sure that it comes to its end."""
         self._asked: UserMessage | None = None
         self._next: Callable[[], None] | None = None
+        self._leaving = False
         """What to do once the reply under way has been stopped."""
 
     # ---- the screen ----
@@ -127,6 +128,8 @@ class ChatApp(App[BaseException]):
         for message in self._resumed:
             if message["role"] == "user":
                 self.composer.remember(message["content"])
+        if self._resumed and self._resumed[-1]["role"] == "user":
+            await self.transcript.add(Note(UNANSWERED))
 
     # ---- loading ----
 
@@ -199,6 +202,8 @@ class ChatApp(App[BaseException]):
             self.status.set(used_tokens=self.reply.chat.cached_tokens)
 
     async def on_ended(self, event: Ended) -> None:
+        if self._leaving:
+            return
         reply, shown = self.reply, self._shown
         assert reply is not None
         assert shown is not None
@@ -214,7 +219,9 @@ class ChatApp(App[BaseException]):
         if event.news:
             await self.transcript.add(Note(event.news))
         following, self._next = self._next, None
-        if following is not None:
+        if following == self._regenerate and event.result is None and reply.question is not None:
+            self.status.flash("your question is in the box")  # and the answer to the one before it is not meant
+        elif following is not None:
             following()
 
     async def _keep(self, result: Result, shown: AssistantMessage) -> None:
@@ -264,8 +271,9 @@ class ChatApp(App[BaseException]):
 
     def leave(self, result: BaseException | None) -> None:
         """Stop everything and end the app. The threads are waited for in `close`."""
+        self._leaving = True
         if self.reply is not None:
-            self.reply.cancel()
+            self.reply.leave()
         self.exit(result)
 
     def action_regenerate(self) -> None:
@@ -273,6 +281,7 @@ class ChatApp(App[BaseException]):
 
     def _regenerate(self) -> None:
         if self.chat is None:
+            self.status.flash("still loading")
             return
         roles = [m["role"] for m in self.chat.messages]
         if "user" not in roles[-2:]:
@@ -288,6 +297,7 @@ class ChatApp(App[BaseException]):
 
     def _new(self) -> None:
         if self.chat is None:
+            self.status.flash("still loading")
             return
         self.file = ChatFile.new(self.file.path.parent, self.file.bundle)
         self.chat.clear()
@@ -322,24 +332,27 @@ class ChatApp(App[BaseException]):
                 return
 
     def _killed(self) -> None:
-        if self.chat is not None:
-            self.file.save(self._messages())
+        self.file.save(self._messages())
         self.leave(KeyboardInterrupt())
 
     def close(self) -> str | None:
         """Wait for the threads and save; call it when the app has ended. Returns what to say of saving, if anything."""
         if self.reply is not None:
-            self.reply.cancel()  # after a crash nobody has
+            self.reply.leave()  # after a crash nobody has
         join_all([self.reply, self._loader], LEAVE_SECONDS)
-        problem = self.file.save(self._messages()) if self.chat is not None else None
+        problem = self.file.save(self._messages())
         if self._loader.model is not None:
             self._loader.model.close()
         return problem or self.file.news()
 
     def _messages(self) -> list[dict[str, str]]:
-        """The conversation, with what has come of a reply that could not be waited for."""
-        assert self.chat is not None
-        return self.reply.so_far() if self.reply is not None and self.reply.is_alive() else self.chat.messages
+        """The conversation, with a question that has no answer yet."""
+        if self.reply is not None:
+            return self.reply.messages()
+        if self.chat is not None:
+            return self.chat.messages
+        asked = [] if self._asked is None else [{"role": "user", "content": self._asked.text}]  # while loading
+        return [*self._resumed, *asked]
 
     def _print_error_renderables(self) -> None:
         """After a crash Textual prints a page of traceback here; ours is one line, made of what `run` raises."""

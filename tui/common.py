@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gptedge.errors import GptEdgeError
 
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from gptedge import Result, SamplingParams
 
 CONTINUATION = "This model was not taught to chat: it continues your text."
+UNANSWERED = "The last question has no answer yet: /regenerate answers it."
 REGENERATE_TEMPERATURE = 0.7
 COMMANDS = {
     "/new": "forget this conversation and start another",
@@ -32,9 +33,10 @@ def answer_to(command: str) -> str:
     return f"{command} is no command; known are {', '.join(COMMANDS)}"
 
 
-def changes_to_regenerate(params: SamplingParams) -> dict[str, float]:
-    """Sampling parameters for another reply to the same question: greedy decoding would give the same one again."""
-    return {"temperature": REGENERATE_TEMPERATURE} if params.temperature == 0 else {}
+def changes_to_regenerate(params: SamplingParams) -> dict[str, Any]:
+    """Sampling parameters for another reply to the same question: greedy decoding, and a seed, give the same again."""
+    warmer = {"temperature": REGENERATE_TEMPERATURE} if params.temperature == 0 else {}
+    return warmer if params.seed is None else {**warmer, "seed": None}
 
 
 def dropped(result: Result) -> str:

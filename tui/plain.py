@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from gptedge.errors import DataError, GptEdgeError
-from gptedge.text import decode_utf8
-from gptedge.tui.common import CONTINUATION, answer_to, changes_to_regenerate, dropped, is_command, one_line
+from gptedge.text import decode_utf8, without_controls
+from gptedge.tui.common import CONTINUATION, UNANSWERED, answer_to, changes_to_regenerate, dropped, is_command, one_line
 from gptedge.tui.store import ChatFile
 from gptedge.tui.unfinished import Unfinished
 
@@ -32,6 +32,8 @@ class Repl:
         self.model, self.chat, self.file, self._silent = model, chat, file, silent
         self.interactive = sys.stdin.isatty() and sys.stdout.isatty() and not silent
         self.results: list[Result] = []
+        self._left: Unfinished | None = None
+        """What an interrupt has torn through."""
 
     def run(self) -> None:
         """Answer until the input ends, /quit, or Ctrl+C at the prompt."""
@@ -49,6 +51,8 @@ class Repl:
             return
         if self.model.chat_template.is_continuation:
             _say(CONTINUATION)
+        if self.chat.messages and self.chat.messages[-1]["role"] == "user":
+            _say(UNANSWERED)
         _say("/help lists the commands; Ctrl+D leaves.")
 
     def _obey(self, line: str) -> None:
@@ -82,6 +86,9 @@ class Repl:
                 raise
             _say(f"gptedge: {one_line(e)}")
             return
+        except KeyboardInterrupt:
+            self._left = reply
+            raise
         finally:
             self._save()
         self._write("\n")
@@ -93,13 +100,15 @@ class Repl:
 
     def _write(self, text: str) -> None:
         if not self._silent:
-            sys.stdout.write(text)
+            sys.stdout.write(without_controls(text) if sys.stdout.isatty() else text)
             sys.stdout.flush()
 
     def _save(self) -> None:
         if self.file is None:
             return
-        for said in (self.file.save(self.chat.messages), self.file.news()):
+        left = self._left  # whose question stays, without an answer
+        messages = left.messages() if left is not None and left.kept is None else self.chat.messages
+        for said in (self.file.save(messages), self.file.news()):
             if said:
                 _say(f"gptedge: {said}")
 

@@ -82,6 +82,8 @@ class Reply(threading.Thread):
         self._post, self._file = _from_thread(post), file
         self._reply = Unfinished(chat, question, file, **changes)
         self._cancelled = threading.Event()
+        self._left = False
+        """Nobody is there to whom the question could be given back."""
         self._stream: Stream | None = None
         self._taken = 0
         """How many of its pieces the app has."""
@@ -99,6 +101,11 @@ class Reply(threading.Thread):
         if self._stream is not None:
             self._stream.cancel()
 
+    def leave(self) -> None:
+        """Cancel, and keep the question even where nothing of an answer has come."""
+        self._left = True
+        self.cancel()
+
     def take(self) -> str:
         """The text that has come since the last time."""
         with self._lock:
@@ -106,9 +113,10 @@ class Reply(threading.Thread):
             self._taken, self._told = self._taken + len(pieces), False
         return "".join(pieces)
 
-    def so_far(self) -> list[dict[str, str]]:
-        """The conversation with what has come of this reply."""
-        return self._reply.messages()
+    def messages(self) -> list[dict[str, str]]:
+        """The conversation, with what has come of a reply that is under way or was left unanswered."""
+        under_way = self.is_alive() or (self._left and self._reply.kept is None)
+        return self._reply.messages() if under_way else self.chat.messages
 
     def run(self) -> None:
         error: Exception | None = None
@@ -119,7 +127,8 @@ class Reply(threading.Thread):
                 self._read(self._stream)
         except Exception as e:  # a thread has no caller: the app shows it in the conversation
             error = e
-        not_saved = self._file.save(self.chat.messages)
+        unanswered = self._left and self._reply.kept is None
+        not_saved = self._file.save(self._reply.messages() if unanswered else self.chat.messages)
         self._post(Ended(self._reply.kept, error, not_saved, self._file.news()))
 
     def _read(self, stream: Stream) -> None:

@@ -14,6 +14,8 @@ from textual.containers import Vertical, VerticalScroll
 from textual.widgets import Markdown, Static
 from textual.widgets.markdown import MarkdownStream
 
+from gptedge.text import without_controls
+
 WAITING = "…"
 
 
@@ -21,7 +23,7 @@ class UserMessage(Static):
     """The user's own words, exactly as typed."""
 
     def __init__(self, text: str) -> None:
-        super().__init__(text, markup=False)
+        super().__init__(without_controls(text), markup=False)
         self.text = text
 
 
@@ -29,7 +31,7 @@ class Note(Static):
     """A line that neither side of the conversation said."""
 
     def __init__(self, text: str, *, classes: str = "") -> None:
-        super().__init__(text, markup=False, classes=classes)
+        super().__init__(without_controls(text), markup=False, classes=classes)
         self.text = text
 
 
@@ -41,7 +43,7 @@ class AssistantMessage(Vertical):
         super().__init__()
         self.text = text or ""
         self.is_streaming = text is None
-        self._markdown = Markdown(text or "", parser_factory=_parser)
+        self._markdown = Markdown(without_controls(self.text), parser_factory=_parser)
         self._note = Static(WAITING if self.is_streaming else _remark(self.text), markup=False, classes="remark")
         self._stream: MarkdownStream | None = None
 
@@ -64,7 +66,7 @@ class AssistantMessage(Vertical):
             self._stream = Markdown.get_stream(self._markdown)
             self._say("")
         self.text += text
-        await self._stream.write(text)
+        await self._stream.write(without_controls(text))
 
     def finish(self, text: str, note: str) -> None:
         """Show the whole text once more, parsed as one: pieces can misread a code fence. Returns before it is done."""
@@ -76,7 +78,7 @@ class AssistantMessage(Vertical):
         if self._stream is not None:
             with suppress(Exception):  # whatever a piece led to, the whole is shown below
                 await self._stream.stop()
-        await self._markdown.update(text)
+        await self._markdown.update(without_controls(text))
 
     def _say(self, note: str) -> None:
         self._note.update(note)

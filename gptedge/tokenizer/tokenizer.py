@@ -77,8 +77,12 @@ class Tokenizer:
             except TokenizerError as e:
                 raise TokenizerError(f"{path}: {e}") from e
 
-    def encode(self, text: str, *, add_special_tokens: bool = False, parse_special: bool = True) -> list[int]:
+    def encode(
+        self, text: str, *, add_special_tokens: bool = False, parse_special: bool = True, continued: bool = False
+    ) -> list[int]:
         """Token ids of `text`, as `tokenizers` gives them.
+
+        `continued`: it is what a longer text goes on with, and nothing is put before it that only a beginning has.
 
         `add_special_tokens` puts around them what the file's post-processor says. With `parse_special` false a special
         token's text is encoded as ordinary text; no special id comes out but the unknown token's and byte fallback's.
@@ -91,7 +95,7 @@ class Tokenizer:
             if token_id is not None:
                 ids.append(token_id)
             else:
-                self._encode_piece(piece, start == 0, model, parse_special, ids)
+                self._encode_piece(piece, start == 0 and not continued, model, parse_special, ids)
         return self._post_processor(ids, add_special_tokens)
 
     def _encode_piece(self, piece: str, first: bool, model: BPE, parse_special: bool, ids: list[int]) -> None:

@@ -72,6 +72,16 @@ def test_special_tokens_around(make, pairs, strings):
         assert pairs[make].ours.encode(text, add_special_tokens=True) == pairs[make].theirs.encode(text).ids
 
 
+def test_a_text_that_goes_on_has_no_beginning(pairs):
+    """Behind a special token, its tokens are those that the whole text has there: no space is put before it."""
+    ours = pairs["mistral"].ours
+    special = next(ours.id_to_token(i) for i in sorted(ours.special_ids))
+    for rest in ("one two", "\none", "1"):
+        whole = ours.encode(special + rest)
+        assert ours.encode(special) + ours.encode(rest, continued=True) == whole, rest
+        assert ours.encode(special) + ours.encode(rest) != whole, rest
+
+
 def test_template_adds_tokens(pairs):
     llama2 = pairs["llama2"].ours
     ids = llama2.encode("a", add_special_tokens=True)

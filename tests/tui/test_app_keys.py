@@ -5,7 +5,11 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+import pytest
 from tui_fakes import FakeModel, Turn
+
+from gptedge.config import SamplingParams
+from gptedge.tui.common import changes_to_regenerate
 
 
 def words(n: int) -> list[str]:
@@ -117,3 +121,33 @@ async def test_commands_that_are_typed(drive: Any) -> None:
         await d.send("/quit", wait=False)
         await d.until(lambda: not d.app.is_running)
     assert len(model.asked) == 2
+
+
+async def test_again_before_an_answer_gives_the_question_back_and_leaves_the_answer_before(drive: Any) -> None:
+    late = Turn(["late"], gate=threading.Event())
+    async with drive(FakeModel([Turn(["first answer"]), late, Turn(["another"])])) as d:
+        await d.ready()
+        await d.send("Q1")
+        await d.send("Q2", wait=False)
+        await d.until(lambda: d.app.reply is not None)
+        await d.pilot.press("ctrl+r")
+        await d.until(lambda: d.app.composer.text == "Q2")
+        await d.idle()
+        assert [m["content"] for m in d.app.chat.messages] == ["Q1", "first answer"]
+        assert [m.text for m in d.replies] == ["first answer"]
+
+
+@pytest.mark.parametrize("key", ["ctrl+n", "ctrl+r"])
+async def test_while_loading_keys_say_so(drive: Any, key: str) -> None:
+    gate, model = threading.Event(), FakeModel([Turn(["x"])])
+    async with drive(model, load=lambda: (gate.wait(8), model)[1]) as d:
+        await d.until(lambda: "loading" in d.screen)
+        await d.pilot.press(key)
+        await d.until(lambda: "still loading" in d.screen)
+        gate.set()
+        await d.ready()
+
+
+@pytest.mark.parametrize(("temperature", "changes"), [(0, {"temperature": 0.7, "seed": None}), (0.5, {"seed": None})])
+def test_again_is_another_reply_whatever_the_seed(temperature: float, changes: dict[str, Any]) -> None:
+    assert changes_to_regenerate(SamplingParams(temperature=temperature, seed=1)) == changes

@@ -9,7 +9,7 @@ from textual.widgets import Markdown
 from textual.widgets.markdown import MarkdownFence
 from tui_fakes import FakeModel, Turn
 
-from gptedge.tui.transcript import AssistantMessage
+from gptedge.tui.transcript import AssistantMessage, Note
 
 
 def words(n: int) -> list[str]:
@@ -124,3 +124,16 @@ async def test_narrow_and_resized(drive: Any) -> None:
         await d.pilot.resize_terminal(10, 5)
         await d.pilot.pause(0.1)
         assert d.app.is_running
+
+
+async def test_the_terminal_obeys_no_text(drive: Any) -> None:
+    bad = "a\x1b[2Jb\x1b]52;c;cHduZWQ=\x1b\\c\x9bd"
+    async with drive(FakeModel([Turn([bad[:3], bad[3:]])])) as d:
+        await d.ready()
+        await d.send(bad)
+        await d.app.transcript.add(Note(bad))
+        shown = [s.text for line in d.app.screen._compositor.render_strips() for s in line]
+        assert "\x1b" not in "".join(shown)
+        assert "\x9b" not in "".join(shown)
+        assert "".join(shown).count("a\\u{1b}[2Jb") >= 2
+        assert d.replies[0].text == bad, "what is copied and kept"

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 from test_plain import FAKES, Terminal, needs_pty, piped
-from tui_fakes import FakeModel, Turn
+from tui_fakes import FakeChat, FakeModel, Turn
 
 from gptedge.errors import ContextOverflowError
 from gptedge.tui import store, unfinished
+from gptedge.tui.common import UNANSWERED
+from gptedge.tui.plain import Repl
 from gptedge.tui.transcript import Note
 
 TALK = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -137,3 +139,53 @@ def test_plain_killed_in_a_reply_keeps_question_and_reply(tmp_path: Path) -> Non
     assert question == "count"
     assert reply.startswith("word0 word1 ")
     assert os.listdir(tmp_path) == [store.latest(tmp_path).path.name]
+
+
+@pytest.mark.parametrize("how", ["quit", "kill"])
+async def test_leaving_before_an_answer_keeps_the_question(drive: Any, tmp_path: Path, how: str) -> None:
+    late = Turn(["late"], gate=threading.Event())
+    async with drive(FakeModel([Turn(["first"]), late])) as d:
+        await d.ready()
+        await d.send("Q1")
+        await d.send("a long second question", wait=False)
+        await d.until(lambda: said(tmp_path / "chats") == [["Q1", "first", "a long second question"]])
+        await d.pilot.press("ctrl+q") if how == "quit" else d.app._killed()
+    assert said(tmp_path / "chats") == [["Q1", "first", "a long second question"]]
+
+
+async def test_a_question_sent_while_loading_is_kept(drive: Any, tmp_path: Path) -> None:
+    gate, model = threading.Event(), FakeModel([Turn(["x"])])
+    async with drive(model, load=lambda: (gate.wait(8), model)[1]) as d:
+        await d.send("a long question", wait=False)
+        await d.until(lambda: d.app._asked is not None)
+        await d.pilot.press("ctrl+q")
+        gate.set()
+    assert said(tmp_path / "chats") == [["a long question"]]
+
+
+async def test_a_question_without_an_answer_is_named(drive: Any, tmp_path: Path) -> None:
+    file = store.ChatFile.new(tmp_path, "fake")
+    file.save([*TALK, MORE[0]])
+    saved = [*TALK, MORE[0]]
+    file = store.ChatFile(file.path, "fake", saved)
+    async with drive(FakeModel([Turn(["d"])]), resumed=saved, file=file) as d:
+        await d.ready()
+        assert UNANSWERED in [note.text for note in d.app.transcript.query(Note)]
+        await d.pilot.press("ctrl+r")
+        await d.until(lambda: d.app.chat.messages == [*TALK, *MORE])
+
+
+def test_line_by_line_an_interrupt_before_an_answer_keeps_the_question(tmp_path: Path) -> None:
+    file, chat = store.ChatFile.new(tmp_path, "fake"), FakeModel([Turn(["never"])]).chat()
+    repl = Repl(chat.model, chat, file)  # type: ignore[arg-type]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FakeChat, "_chunks", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            repl._answer("a question")
+    repl._save()
+    assert said(tmp_path) == [["a question"]]
+
+
+def interrupted(*_: Any) -> Any:
+    raise KeyboardInterrupt
+    yield

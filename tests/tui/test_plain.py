@@ -280,3 +280,11 @@ def test_a_bug_in_the_app_saves_the_reply_and_prints_no_page(tmp_path: Path) -> 
         assert "RuntimeError: a bug" in after
         assert "locals" not in after
     assert store.latest(tmp_path / "chats").messages[0]["content"] == "count"
+
+
+def test_on_a_terminal_no_text_is_obeyed(monkeypatch: Any, capsys: Any) -> None:
+    repl = Repl(FakeModel([]), FakeModel([]).chat(), None)  # type: ignore[arg-type]
+    for is_terminal, shown in ((True, "\\u{1b}[2J\n"), (False, "\x1b[2J\n")):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda answer=is_terminal: answer)
+        repl._write("\x1b[2J\n")
+        assert capsys.readouterr().out == shown
