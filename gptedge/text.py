@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TextIO
 
 from gptedge.errors import DataError, UsageError
 
@@ -58,9 +59,15 @@ def visible(text: str) -> str:
     return "".join(_SIGNS.get(c) or (c if c.isprintable() else f"\\u{{{ord(c):x}}}") for c in text)
 
 
-_CONTROLS = {c: f"\\u{{{c:x}}}" for c in (*range(0x20), *range(0x7F, 0xA0)) if chr(c) not in "\n\t"}
+_CONTROLS = {c: f"\\u{{{c:x}}}" for c in (*range(0x20), *range(0x7F, 0xA0)) if chr(c) not in "\n\t"} | {13: ""}
+"""Carriage returns stand before line breaks, as a rule: shown, they would only disturb."""
 
 
 def without_controls(text: str) -> str:
-    """Text of several lines for a terminal, which must not obey it: clear its screen, set the clipboard."""
+    """Text of several lines for a terminal, which could obey it: clear its screen, set the clipboard."""
     return text.translate(_CONTROLS)
+
+
+def for_output(text: str, file: TextIO) -> str:
+    """`text` for a file or a pipe, and `without_controls` for a terminal."""
+    return without_controls(text) if file.isatty() else text

@@ -351,8 +351,10 @@ class ChatApp(App[BaseException]):
             return self.reply.messages()
         if self.chat is not None:
             return self.chat.messages
-        asked = [] if self._asked is None else [{"role": "user", "content": self._asked.text}]  # while loading
-        return [*self._resumed, *asked]
+        if self._asked is None:
+            return self._resumed
+        begun = self._resumed or ([{"role": "system", "content": self._system}] if self._system is not None else [])
+        return [*begun, {"role": "user", "content": self._asked.text}]  # while loading
 
     def _print_error_renderables(self) -> None:
         """After a crash Textual prints a page of traceback here; ours is one line, made of what `run` raises."""

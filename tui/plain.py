@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from gptedge.errors import DataError, GptEdgeError
-from gptedge.text import decode_utf8, without_controls
+from gptedge.text import decode_utf8, for_output
 from gptedge.tui.common import CONTINUATION, UNANSWERED, answer_to, changes_to_regenerate, dropped, is_command, one_line
 from gptedge.tui.store import ChatFile
 from gptedge.tui.unfinished import Unfinished
@@ -100,7 +100,7 @@ class Repl:
 
     def _write(self, text: str) -> None:
         if not self._silent:
-            sys.stdout.write(without_controls(text) if sys.stdout.isatty() else text)
+            sys.stdout.write(for_output(text, sys.stdout))
             sys.stdout.flush()
 
     def _save(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -32,7 +33,7 @@ from gptedge.cli.common import (
 )
 from gptedge.config import SamplingParams
 from gptedge.errors import UsageError
-from gptedge.text import read_text
+from gptedge.text import for_output, read_text
 
 if TYPE_CHECKING:
     from gptedge.runtime.generate import Stream
@@ -119,7 +120,7 @@ def _print_text(stream: Stream) -> None:
     try:
         with stream:
             for chunk in stream:
-                print(chunk.text, end="", flush=True)
+                print(for_output(chunk.text, sys.stdout), end="", flush=True)
                 shown = shown or bool(chunk.text)
     except BaseException:
         if shown:

@@ -9,14 +9,16 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from gptedge.cli import main
+from gptedge.cli.generate import _print_text
 from gptedge.interrupts import KILLS
-from gptedge.runtime.generate import Chunk
+from gptedge.runtime.generate import Chunk, Stream, Timings, Usage
 from tests.cli.run import run
 
 
@@ -108,3 +110,16 @@ def test_another_pipe_that_breaks_is_a_failure(
 
     monkeypatch.setattr("gptedge.cli.app._invoke", broken)
     assert run(capsys, "doctor") == (1, "", "gptedge: Broken pipe\n")
+
+
+@pytest.mark.parametrize(("is_terminal", "shown"), [(True, "a\\u{1b}[2J\tb\n"), (False, "a\x1b[2J\tb\r\n")])
+def test_a_reply_does_not_command_a_terminal(
+    is_terminal: bool, shown: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def chunks(_: threading.Event) -> Iterator[Chunk]:
+        yield Chunk("a\x1b[2J\tb\r", (1,))
+        yield Chunk("", finish_reason="stop", usage=Usage(1, 1), timings=Timings(0, 0, 0))
+
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal)
+    _print_text(Stream(chunks, lambda _: None))
+    assert capsys.readouterr().out == shown

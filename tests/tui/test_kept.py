@@ -155,12 +155,12 @@ async def test_leaving_before_an_answer_keeps_the_question(drive: Any, tmp_path:
 
 async def test_a_question_sent_while_loading_is_kept(drive: Any, tmp_path: Path) -> None:
     gate, model = threading.Event(), FakeModel([Turn(["x"])])
-    async with drive(model, load=lambda: (gate.wait(8), model)[1]) as d:
+    async with drive(model, load=lambda: (gate.wait(8), model)[1], system="Be brief.") as d:
         await d.send("a long question", wait=False)
         await d.until(lambda: d.app._asked is not None)
         await d.pilot.press("ctrl+q")
         gate.set()
-    assert said(tmp_path / "chats") == [["a long question"]]
+    assert said(tmp_path / "chats") == [["Be brief.", "a long question"]]
 
 
 async def test_a_question_without_an_answer_is_named(drive: Any, tmp_path: Path) -> None:
@@ -176,8 +176,8 @@ async def test_a_question_without_an_answer_is_named(drive: Any, tmp_path: Path)
 
 
 def test_line_by_line_an_interrupt_before_an_answer_keeps_the_question(tmp_path: Path) -> None:
-    file, chat = store.ChatFile.new(tmp_path, "fake"), FakeModel([Turn(["never"])]).chat()
-    repl = Repl(chat.model, chat, file)  # type: ignore[arg-type]
+    model: Any = FakeModel([Turn(["never"])])
+    repl = Repl(model, model.chat(), store.ChatFile.new(tmp_path, "fake"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FakeChat, "_chunks", interrupted)
         with pytest.raises(KeyboardInterrupt):

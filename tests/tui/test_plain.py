@@ -283,7 +283,8 @@ def test_a_bug_in_the_app_saves_the_reply_and_prints_no_page(tmp_path: Path) -> 
 
 
 def test_on_a_terminal_no_text_is_obeyed(monkeypatch: Any, capsys: Any) -> None:
-    repl = Repl(FakeModel([]), FakeModel([]).chat(), None)  # type: ignore[arg-type]
+    model: Any = FakeModel([])
+    repl = Repl(model, model.chat(), None)
     for is_terminal, shown in ((True, "\\u{1b}[2J\n"), (False, "\x1b[2J\n")):
         monkeypatch.setattr(sys.stdout, "isatty", lambda answer=is_terminal: answer)
         repl._write("\x1b[2J\n")
