@@ -133,6 +133,7 @@ _INT8 = Scheme(bits=8, block_size=64, symmetric=True, steps=1)
 _INT8_ROWS = dataclasses.replace(_INT8, block_size=WHOLE_ROWS)
 _INT4 = Scheme(bits=4, block_size=32, symmetric=False, steps=12)
 INTEGER_LAYERS = (
+    Group("*.attn.[qkv]*", _INT8_ROWS, smooth=True),  # static, some models' would be cut off far beyond the text
     Group("*.mlp.down.*", _INT8_ROWS, smooth=True),  # what reaches them differs a hundredfold between tokens
     Group("*", _INT8_ROWS, smooth=True, static=True),
 )

@@ -24,7 +24,9 @@ Candidates = Iterator[tuple[FloatArray, FloatArray]]
 
 _SMALLEST_SHRINK = 0.75  # of a block's range; narrower ones never won in the search
 _CHUNK_VALUES = 1 << 19  # weights rounded at once by a thread; larger chunks fall out of the processor's cache
-_TINY = np.float32(np.finfo(np.float16).tiny)
+_TINY = np.float32(
+    2**-24
+)  # float16 has smaller numbers than its normal ones: with these alone, small weights lose bits
 TOP_PART = 255.0
 """The largest scale of a 4-bit weight, in its row's units."""
 _SMALLEST_UNIT = np.float32(2**-24)  # above zero in float16

@@ -38,7 +38,7 @@ STEPS = 40
 """That it takes; 25 leave 2 to 5% more noise, 60 take 1 to 2% off."""
 _RATE = 0.3
 _NORM = 8  # a power of two; the largest value counts as this norm of all, which has a gradient for each of them
-_STATIC = 3
+_STATIC = 4
 """Times the noise of a step for each token that one step for all of them may leave."""
 _SMALLEST = 1e-5  # of a channel's spread and its weights: one that is never used keeps a factor
 

@@ -102,7 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError as e:
         if not _reader_has_gone():
             return _fail(_plain(e), 1, as_json)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _let_go_of_unread()
         return 0
     except _CommandLineError as e:
         if _is_follower():
@@ -115,12 +115,22 @@ def main(arguments: list[str] | None = None) -> int:
             with suppress(KeyboardInterrupt):
                 time.sleep(1)  # torchrun ends all once one has ended, and the one that says it is to come first
             return e.exit_code
+        _let_go_of_unread()
         # A gate is judged after the result, which is the one object, has been printed.
         return _fail(str(e), e.exit_code, as_json and not isinstance(e, GateFailed))
     except Exception as e:  # the last line of defence: nobody is shown a traceback without asking
         if debug:
             traceback.print_exc()
         return _fail(_plain(e), 1, as_json)
+
+
+def _let_go_of_unread() -> None:
+    """Where a reader has gone: what stdout still holds would fail as the interpreter ends, which has its own code."""
+    try:
+        if sys.stdout:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _is_follower() -> bool:

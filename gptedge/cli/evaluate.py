@@ -91,8 +91,10 @@ def command(
     if questions:
         facts |= _measure_pairs(bundle, questions, chat=chat, max_tokens=max_tokens, threads=threads, out=out)
     verdicts = judge(gates, facts, subject=str(bundle), as_json=as_json)
-    emit({**facts, "gates": verdicts.as_json()}, as_json=as_json, lines=_lines(facts))
-    verdicts.raise_if_failed()
+    try:
+        emit({**facts, "gates": verdicts.as_json()}, as_json=as_json, lines=_lines(facts))
+    finally:  # a failed gate fails, whether anybody reads of it or not
+        verdicts.raise_if_failed()
 
 
 def check_text(bundle: Path, text: Path, gates: Gates, *, context: int | None, max_windows: int | None) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -200,8 +201,9 @@ def judge(gates: Gates, facts: Mapping[str, Any], *, subject: str, as_json: bool
         say(f"gate {name}: {value}, {bound}: {word}")
     if verdicts.all:
         github.summarize(subject, [v.cells() for v in verdicts.all], facts)
-    for verdict in verdicts.failed:
-        github.mark_error(f"gptedge gate {verdict.gate.name}", f"{subject}: {verdict.complaint()}", as_json=as_json)
+    with suppress(BrokenPipeError):  # the verdict counts, whoever reads it
+        for verdict in verdicts.failed:
+            github.mark_error(f"gptedge gate {verdict.gate.name}", f"{subject}: {verdict.complaint()}", as_json=as_json)
     return verdicts
 
 

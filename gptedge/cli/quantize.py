@@ -83,5 +83,7 @@ def command(
     beside = f" and {result.prefill_mb:g} MB for prompts" if result.prefill_mb else ""
     cache = f", keys and values in {kv} ({result.kv_bytes_per_token} bytes a token)" if kv else ""
     lines = [f"{out}: {result.recipe}, {result.size_mb:g} MB{beside}{cache} in {result.seconds:g} s"]
-    emit(value, as_json=as_json, lines=[*lines, *divergence_lines(facts)])
-    verdicts.raise_if_failed()
+    try:
+        emit(value, as_json=as_json, lines=[*lines, *divergence_lines(facts)])
+    finally:  # a failed gate fails, whether anybody reads of it or not
+        verdicts.raise_if_failed()

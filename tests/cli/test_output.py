@@ -123,3 +123,19 @@ def test_a_reply_does_not_command_a_terminal(
     monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal)
     _print_text(Stream(chunks, lambda _: None))
     assert capsys.readouterr().out == shown
+
+
+@pytest.mark.parametrize("environment", [{}, {"PYTHONUNBUFFERED": "1"}, {"GITHUB_ACTIONS": "true"}])
+def test_a_failed_gate_fails_though_nobody_reads(
+    environment: dict[str, str], tiny_bundle: Path, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "gptedge", "quantize", str(tiny_bundle), str(tmp_path / "q")]
+    command += ["--recipe", "int4-rtn", "--max-size-mb", "0.01"]
+    given = {k: v for k, v in os.environ.items() if k not in ("PYTHONUNBUFFERED", "GITHUB_STEP_SUMMARY")}
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, env=given | environment)
+    os.close(writer)
+    assert done.returncode == 4, done.stderr
+    assert "FAILED" in done.stderr
+    assert "Exception ignored" not in done.stderr

@@ -145,3 +145,10 @@ def test_packing_round_trip(shape: tuple[int, ...]) -> None:
     np.testing.assert_array_equal(unpack(pack(values, 4), 4)[..., : shape[-1]], values)
     first = np.array([[3, 10]], np.uint8)
     assert pack(first, 4)[0, 0] == 3 + 16 * 10  # the first value takes the low half
+
+
+def test_small_weights_keep_their_bits() -> None:
+    weight = np.random.default_rng(0).standard_normal((8, 64)).astype(np.float32) * np.float32(1e-4)
+    scheme = Scheme(8, 64, True, 1)
+    left = dequantize(quantize_rows(weight, scheme), scheme, 64) - weight
+    assert np.linalg.norm(left) < 0.01 * np.linalg.norm(weight)

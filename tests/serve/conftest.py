@@ -56,7 +56,7 @@ class FakeTokenizer:
     bos_id = None
     special_ids: frozenset[int] = frozenset()
 
-    def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = False, continued: bool = False) -> list[int]:
         try:
             return list(text.encode())
         except UnicodeEncodeError:
